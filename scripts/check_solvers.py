@@ -1,0 +1,163 @@
+"""Holds the solvers to reference values: prints the largest error of each case, exit code 1 above the tolerance.
+
+    python scripts/check_solvers.py tests/data/solvers.json [more.json ...] [--json]
+
+A file has "cases": solver (flow, dance, ddim, dpm1, dpm2), eta, shift, num_steps and "steps"; each step gives sigma,
+sigma_next, sample, model_output (velocity) and any of noise, mean, noise_scale, prev_sample, log_prob (mean over
+dimensions), std_dev_t, teacher_model_output, teacher_mean, loss (the released weighting). Tensors of any shape.
+Tolerance 1e-4, and 5e-3 at dpm2's first interior step, where the reference clamps a log-SNR that is infinite.
+Errors are absolute up to 1 and relative above. Exit code 2: a file that cannot be read as this format.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from diffopd.objective import mean, released_sde
+from diffopd.path import PATHS
+from diffopd.prediction import Prediction, Proposal, Step, Transition
+from diffopd.solver import get_solver
+
+NAMES = {"flow": "flow_sde", "dance": "dance_sde", "ddim": "ddim", "dpm1": "dpmpp_1", "dpm2": "dpmpp_2m"}
+TOLERANCE, FIRST_INTERIOR_TOLERANCE = 1e-4, 5e-3
+FLOW = PATHS["flow"]
+
+
+class BadFile(Exception):
+    """A file that is not of the format; says where."""
+
+
+def check_case(case: dict[str, Any], place: str) -> dict[str, float]:
+    """Largest error per quantity of one case, each in units of its tolerance under the key `worst`."""
+    name = _get(case, "solver", place)
+    if name not in NAMES:
+        raise BadFile(f"{place}: solver {name!r}; known are {', '.join(NAMES)}")
+    solver = get_solver(NAMES[name], FLOW, float(case.get("eta", 0.0)) if not name.startswith("dpm") else 0.0)
+    errors: dict[str, float] = {}
+    worst = 0.0
+    history: tuple[Prediction, ...] = ()
+    for number, row in enumerate(_get(case, "steps", place)):
+        here = f"{place}, step {number}"
+        tolerance = FIRST_INTERIOR_TOLERANCE if name == "dpm2" and number == 1 else TOLERANCE
+        if not isinstance(row, dict):
+            raise BadFile(f"{here}: not an object")
+        row = row | {"is_ode": name.startswith("dpm") or not case.get("eta")}
+        prediction, found = _check_step(name, solver, history, row, number, here)
+        history = (*history, prediction)
+        for quantity, error in found.items():
+            errors[quantity] = max(errors.get(quantity, 0.0), error)
+            worst = max(worst, error / tolerance if error == error else float("inf"))
+    return errors | {"worst": worst}
+
+
+def _check_step(
+    name: str, solver: Any, history: tuple[Prediction, ...], row: dict[str, Any], number: int, place: str
+) -> tuple[Prediction, dict[str, float]]:
+    sample, output = (_tensor(row, key, place) for key in ("sample", "model_output"))
+    sigma, sigma_next = (float(_get(row, key, place)) for key in ("sigma", "sigma_next"))
+    step = Step(sample, sigma, sigma_next, number)
+    prediction = Prediction(sample, output, sigma, FLOW)
+    transition = solver(prediction, step, history)
+    found: dict[str, Tensor | float] = {"mean": transition.mean, "noise_scale": transition.std}
+    if "noise" in row:
+        found["prev_sample"] = transition.draw(_tensor(row, "noise", place))
+    if row.get("log_prob") is not None and transition.std > 0 and "prev_sample" in row:
+        drawn = _tensor(row, "prev_sample", place)
+        found["log_prob"] = transition.log_prob(drawn) / drawn[0].numel()
+    if name == "flow" and "std_dev_t" in row:
+        found["std_dev_t"] = transition.std / abs(step.dt) ** 0.5
+    elif "std_dev_t" in row:
+        found["std_dev_t"] = transition.std
+    if row.get("teacher_model_output") is not None and row.get("teacher_mean") is not None:
+        taught = Prediction(sample, _tensor(row, "teacher_model_output", place), sigma, FLOW)
+        taught_transition = solver(taught, step, history)
+        found["teacher_mean"] = taught_transition.mean
+        if row.get("loss") is not None:
+            found["loss"] = _released_loss(name, row, prediction, transition, taught, taught_transition, step)
+    errors = {key: _error(value, row[key]) for key, value in found.items() if row.get(key) is not None}
+    return prediction, errors
+
+
+def _released_loss(
+    name: str, row: dict[str, Any], said: Prediction, mine: Transition, taught: Prediction, its: Transition, step: Step
+) -> Tensor:
+    """0.5 delta^2 for deterministic solvers, else the released SDE weighting, its clamp at std 0 included."""
+    if row["is_ode"]:
+        return mean(Proposal(said, mine), Proposal(taught, its), step)
+    return released_sde(Proposal(said, mine), Proposal(taught, its), step, solver=NAMES[name])
+
+
+def _error(found: Tensor | float, wanted: Any) -> float:
+    wanted = torch.as_tensor(wanted, dtype=torch.float64)
+    found = torch.as_tensor(found).double()
+    return float(((found - wanted).abs() / wanted.abs().clamp(min=1)).max())
+
+
+def _get(row: dict[str, Any], key: str, place: str) -> Any:
+    if not isinstance(row, dict) or key not in row:
+        raise BadFile(f"{place}: {key!r} is missing")
+    return row[key]
+
+
+def _tensor(row: dict[str, Any], key: str, place: str) -> Tensor:
+    try:
+        value = torch.as_tensor(_get(row, key, place), dtype=torch.float32)
+    except (TypeError, ValueError) as error:
+        raise BadFile(f"{place}: {key!r} is not a tensor of numbers ({error})") from error
+    if value.ndim < 2:
+        raise BadFile(f"{place}: {key!r} needs a batch dimension and at least one more, its shape is {list(value.shape)}")
+    return value
+
+
+def read_cases(path: Path) -> list[dict[str, Any]]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise BadFile(f"{path}: {error}") from error
+    return _get(data, "cases", str(path))
+
+
+def main(
+    files: Annotated[list[Path], typer.Argument(help="JSON files of reference values")],
+    as_json: Annotated[bool, typer.Option("--json", help="print one line of JSON instead of a table")] = False,
+) -> None:
+    """Compare the solvers with reference values."""
+    rows = []
+    try:
+        for path in files:
+            for number, case in enumerate(read_cases(path)):
+                errors = check_case(case, f"{path}, case {number}")
+                label = {key: case.get(key) for key in ("solver", "eta", "shift", "num_steps")}
+                rows.append({"file": str(path), **label, **errors, "ok": errors["worst"] <= 1})
+    except BadFile as error:
+        print(f"Error: {error}", file=sys.stderr)
+        raise typer.Exit(2) from error
+    if as_json:
+        print(json.dumps({"ok": all(row["ok"] for row in rows), "cases": rows}))
+    else:
+        _show(rows)
+    raise typer.Exit(0 if rows and all(row["ok"] for row in rows) else 1)
+
+
+def _show(rows: list[dict[str, Any]]) -> None:
+    quantities = ("mean", "noise_scale", "prev_sample", "log_prob", "std_dev_t", "teacher_mean", "loss")
+    table = Table("solver", "eta", "shift", "steps", *quantities, "")
+    for row in rows:
+        numbers = [f"{row[q]:.1e}" if q in row else "" for q in quantities]
+        label = [str(row[key]) for key in ("solver", "eta", "shift", "num_steps")]
+        table.add_row(*label, *numbers, "ok" if row["ok"] else "FAILED")
+    Console(width=130).print(table)
+    print(f"{sum(row['ok'] for row in rows)} of {len(rows)} cases within tolerance")
+
+
+if __name__ == "__main__":
+    typer.run(main)
