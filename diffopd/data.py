@@ -1,0 +1,89 @@
+"""Prompt files: .txt with one prompt a line, or .jsonl with one object a line ("prompt" and any metadata)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from diffopd.errors import UserError
+
+
+@dataclass(frozen=True)
+class PromptRow:
+    """One prompt and what else its row said (a reward reads it)."""
+
+    prompt: str
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+def read_prompts(path: Path | str) -> list[PromptRow]:
+    """The rows of a prompt file, in order; row i is line i + 1.
+
+    Raises UserError naming file and line: no such file, another suffix, no prompts, an empty line, a line
+    that is
+    not a JSON object, a missing or empty "prompt".
+    """
+    path = Path(path)
+    if path.suffix not in (".txt", ".jsonl"):
+        raise UserError(
+            f"{path}: prompt files end in .txt (one prompt a line) or .jsonl; rename or convert it."
+        )
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        raise UserError(
+            f"{path}: prompts cannot be read ({error.strerror}). Name an existing file."
+        ) from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 text (byte {error.start}). Save the file as UTF-8.") from error
+    if not lines:
+        raise UserError(f"{path}: has no prompts. Write at least one line.")
+    read = _text_row if path.suffix == ".txt" else _json_row
+    return [read(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
+
+
+def check_tasks(rows: list[PromptRow], path: Path, teacher: str, teachers: Collection[str]) -> None:
+    """A row that names its "task" must belong to the teacher whose file it stands in.
+
+    Raises UserError naming file, line and the tasks that are covered.
+    """
+    for number, row in enumerate(rows, start=1):
+        task = row.metadata.get("task", teacher)
+        if task not in teachers:
+            raise UserError(
+                f"{path}:{number}: task {task!r} is covered by no teacher of this recipe (covered: "
+                f"{', '.join(teachers)}). Remove the row or add a teacher for it."
+            )
+        if task != teacher:
+            raise UserError(
+                f"{path}:{number}: task {task!r} stands among the prompts of teacher {teacher!r}, which "
+                "would be asked "
+                f"for it. Move the row to the prompts of {task!r}."
+            )
+
+
+def _text_row(line: str, place: str) -> PromptRow:
+    if not line.strip():
+        raise UserError(f"{place}: empty line. Every line is a prompt: remove it.")
+    return PromptRow(line.strip())
+
+
+def _json_row(line: str, place: str) -> PromptRow:
+    if not line.strip():
+        raise UserError(f"{place}: empty line. Every line is a JSON object: remove it.")
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{place}: not valid JSON ({error.msg}, column {error.colno}). Correct that line."
+        ) from error
+    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+        raise UserError(
+            f'{place}: needs a JSON object with a string "prompt", such as {{"prompt": "a red dot"}}.'
+        )
+    if not row["prompt"].strip():
+        raise UserError(f'{place}: "prompt" is empty. Write one or remove the row.')
+    return PromptRow(row["prompt"], {key: value for key, value in row.items() if key != "prompt"})

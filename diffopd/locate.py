@@ -1,0 +1,159 @@
+"""Where things are: the two shelves (in a checkout or in an installed wheel), users' own folders, hub ids.
+
+A bare name is a shipped folder; anything with a path separator is the user's own.
+`owner/repo[/subfolder][@revision]`
+is a hub id where no such local path exists.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffopd.errors import UserError, suggestion
+
+HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)((?:/[\w.-]+)*)(?:@([\w./-]+))?")
+PACKAGE = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class HubId:
+    """A repository on the hub, a folder in it and a revision (None: the default branch)."""
+
+    repo: str
+    subfolder: str = ""
+    revision: str | None = None
+
+
+def shelf(kind: str) -> Path:
+    """The folder "teachers" or "pipelines": inside the installed package, else beside it in a checkout."""
+    installed = PACKAGE / kind
+    return installed if installed.is_dir() else PACKAGE.parent / kind
+
+
+def is_path(name: str) -> bool:
+    """Whether a name is the user's own (it has a separator or starts at home or here)."""
+    return "/" in name or os.sep in name or name in (".", "..") or name.startswith("~")
+
+
+def absolute(name: str, folder: Path) -> str:
+    """A local path as an absolute one, taken from `folder`; shelf names and hub ids stay as they are."""
+    if not is_path(name):
+        return name
+    local = Path(os.path.abspath(folder / Path(name).expanduser()))
+    return str(local) if local.exists() or not parse_hub_id(name) else name
+
+
+def parse_hub_id(name: str) -> HubId | None:
+    """`owner/repo[/subfolder][@revision]`, or None where the text cannot be one (absolute, dotted)."""
+    found = HUB_ID.fullmatch(name)
+    if not found or name.startswith((".", "~")):
+        return None
+    return HubId(found[1], found[2].strip("/"), found[3])
+
+
+def teacher_names() -> list[str]:
+    """The teachers on the shelf."""
+    return sorted(path.parent.name for path in shelf("teachers").glob("*/teacher.toml"))
+
+
+def pipeline_names() -> list[str]:
+    """The pipelines on the shelf."""
+    return sorted(path.parent.name for path in shelf("pipelines").glob("*/model_index.json"))
+
+
+def recipe_names() -> list[str]:
+    """The recipes on the shelf: of several teachers at its top, of one teacher in its folder."""
+    top = shelf("teachers")
+    return sorted(
+        {path.stem for path in top.glob("*.toml")} | {path.parent.name for path in top.glob("*/distill.toml")}
+    )
+
+
+def find_recipe(name: str) -> Path:
+    """A recipe file by shelf name, path of a .toml file, or path of a folder with a distill.toml.
+
+    Raises UserError where there is none, with the nearest name.
+    """
+    if name.endswith(".toml") or is_path(name):
+        path = Path(name).expanduser()
+        path = path / "distill.toml" if path.is_dir() else path
+        if not path.is_file():
+            raise UserError(
+                f"{path}: there is no such recipe file.{suggestion(Path(name).stem, recipe_names())}"
+            )
+        return path.absolute()
+    top = shelf("teachers")
+    for path in (top / f"{name}.toml", top / name / "distill.toml"):
+        if path.is_file():
+            return path
+    raise UserError(
+        f'There is no shipped recipe "{name}".{suggestion(name, recipe_names())} '
+        "For your own recipe give the path of its .toml file."
+    )
+
+
+def find_teacher(name: str, relative_to: Path) -> Path:
+    """A teacher's folder by shelf name or path from `relative_to`. Raises UserError where there is none."""
+    if not is_path(name):
+        folder = shelf("teachers") / name
+        if not (folder / "teacher.toml").is_file():
+            raise UserError(
+                f'There is no shipped teacher "{name}".{suggestion(name, teacher_names())} '
+                f"For your own teacher give its folder with a separator, such as ./{name}."
+            )
+        return folder
+    folder = Path(absolute(name, relative_to))
+    if not (folder / "teacher.toml").is_file():
+        near = (
+            [str(path.parent) for path in folder.parent.glob("*/teacher.toml")]
+            if folder.is_absolute()
+            else []
+        )
+        raise UserError(
+            f"{folder}: is not a teacher folder, it has no teacher.toml.{suggestion(str(folder), near)} "
+            "A teacher is a folder with teacher.toml, weights and prompts."
+        )
+    return folder
+
+
+def find_pipeline(name: str, relative_to: Path | None = None, *, patterns: list[str] | None = None) -> Path:
+    """The folder of a base pipeline: shelf name, local path from `relative_to` (default: here), or hub id.
+
+    patterns: of a hub repository only these files are downloaded. Raises UserError where there is no such
+    pipeline.
+    """
+    if not is_path(name):
+        folder = shelf("pipelines") / name
+        hint = (
+            suggestion(name, pipeline_names()) + " For your own give a path with a separator, or owner/repo."
+        )
+    else:
+        folder = Path(absolute(name, relative_to or Path.cwd()))
+        hub = parse_hub_id(name)
+        if hub and not folder.is_dir():
+            return download(hub, patterns)
+        hint = " Give a folder that a diffusers pipeline was saved to."
+    if not (folder / "model_index.json").is_file():
+        raise UserError(f"{name}: there is no pipeline with a model_index.json at {folder}.{hint}")
+    return folder
+
+
+def download(hub: HubId, patterns: list[str] | None = None) -> Path:
+    """The local copy of a hub repository's (sub)folder. Raises UserError when it cannot be had."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    prefix = f"{hub.subfolder}/" if hub.subfolder else ""
+    wanted = [prefix + pattern for pattern in patterns or ["*"]]
+    try:
+        top = snapshot_download(hub.repo, revision=hub.revision, allow_patterns=wanted)
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(
+            f"{hub.repo}: no local folder of this name, and the hub did not give it "
+            f"({type(error).__name__}). Check "
+            "the path or id, log in with `hf auth login` for a gated one, or unset HF_HUB_OFFLINE."
+        ) from error
+    return Path(top) / hub.subfolder

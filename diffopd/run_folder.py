@@ -1,0 +1,190 @@
+"""The folder of one run: what was asked (recipe.toml, recipe.json), what happened (metrics.jsonl), weights.
+
+A folder belongs to one recipe: another recipe, or another teacher behind the same name, is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from diffopd import __version__
+from diffopd.errors import UserError
+from diffopd.recipe import Recipe, from_resolved
+from diffopd.settings import Source
+
+LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy")
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+# Settings that a resumed run may change: they say when to stop, save or score, not what an update computes.
+FREE_TO_CHANGE = {
+    "output_dir",
+    "evaluate",
+    "train.max_train_steps",
+    "train.max_train_seconds",
+    "train.checkpointing_steps",
+    "train.validate_every",
+    "train.patience",
+    "train.resume_from_checkpoint",
+    "train.mode",
+}
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """`path` exists and holds recipe.toml and recipe.json once made by `create`."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, path: Path | str, recipe: Recipe, hashes: dict[str, str]) -> RunFolder:
+        """Make the folder of a run, or take up the one that this recipe began.
+
+        hashes: file -> sha256 of the weights the run starts from. Raises UserError, having written nothing,
+        for
+        a folder that holds anything else: other files, another recipe's run, a run with other weights.
+        """
+        folder = cls(Path(path))
+        if (folder.path / "recipe.json").is_file():
+            folder._refuse_another_run(recipe, hashes)
+            folder._forget_rows_after(folder.latest_checkpoint())
+        elif folder.path.exists() and (not folder.path.is_dir() or any(folder.path.iterdir())):
+            raise UserError(
+                f"output_dir {folder.path} is not empty and holds no run. Nothing was written; "
+                "name a new folder with --output-dir."
+            )
+        try:
+            folder.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            reason = f"output_dir {folder.path} cannot be made ({error.strerror}). Name another."
+            raise UserError(reason) from error
+        stored = {"recipe": recipe.resolved(), "source": str(recipe.path), "hashes": hashes}
+        folder.write("recipe.toml", recipe.source_text)
+        folder.write("recipe.json", json.dumps(stored | {"versions": versions()}, indent=2) + "\n")
+        return folder
+
+    @classmethod
+    def open(cls, path: Path | str) -> RunFolder:
+        """The folder of an existing run. Raises UserError for one that holds none."""
+        folder = cls(Path(path))
+        if not (folder.path / "recipe.json").is_file():
+            runs = [str(found.parent) for found in sorted(folder.path.parent.glob("*/recipe.json"))]
+            known = f" Runs beside it: {', '.join(runs)}." if runs else ""
+            raise UserError(
+                f"{folder.path} is not a run folder, it has no recipe.json.{known} "
+                "Give the output_dir of a `diffopd distill`."
+            )
+        return folder
+
+    def write(self, name: str, content: str | bytes) -> Path:
+        """`content` as a file of this folder, whole or not at all."""
+        return atomic_write(self.path / name, content)
+
+    def append_metrics(self, row: dict[str, Any]) -> None:
+        """One more row of metrics.jsonl."""
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The rows of metrics.jsonl; a last line that a crash cut short is left out."""
+        path = self.path / "metrics.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def latest_checkpoint(self) -> Path | None:
+        """The finished checkpoint-N with the highest N, None where there is none."""
+        found = [path for path in self.path.glob("checkpoint-*") if CHECKPOINT.fullmatch(path.name)]
+        return max(found, key=_update_of, default=None)
+
+    def recipe(self) -> Recipe:
+        """The recipe as it was resolved when the run was made or taken up."""
+        stored, text = self._stored(), (self.path / "recipe.toml").read_text(encoding="utf-8")
+        return from_resolved(stored["recipe"], Source(Path(stored["source"]), text, {}))
+
+    def hashes(self) -> dict[str, str]:
+        """file -> sha256 of the weights the run started from."""
+        return self._stored()["hashes"]
+
+    def versions(self) -> dict[str, str]:
+        """library -> version of the latest start."""
+        return self._stored()["versions"]
+
+    def _stored(self) -> dict[str, Any]:
+        return json.loads((self.path / "recipe.json").read_text(encoding="utf-8"))
+
+    def _refuse_another_run(self, recipe: Recipe, hashes: dict[str, str]) -> None:
+        stored = self._stored()
+        changes = _differences(stored["recipe"], recipe.resolved())
+        if changes:
+            raise UserError(
+                f"output_dir {self.path} holds another run: {'; '.join(changes[:3])}. Nothing was written; "
+                "give the "
+                "same recipe to resume, or another --output-dir for a new run."
+            )
+        for file, digest in hashes.items():
+            before = stored["hashes"].get(file)
+            if before != digest:
+                was = f"was {before[:12]}..., is {digest[:12]}..." if before else "was not there"
+                raise UserError(
+                    f"output_dir {self.path}: {file} is not what this run began with (sha256 {was}). Restore "
+                    "the file, or give another --output-dir for a run with the new weights."
+                )
+        if recipe.train.resume_from_checkpoint == "none" and self.latest_checkpoint():
+            raise UserError(
+                f"output_dir {self.path} holds checkpoints of this recipe, and resume_from_checkpoint = "
+                '"none" would start over. Nothing was written; set it to "latest" or give another '
+                "--output-dir."
+            )
+
+    def _forget_rows_after(self, checkpoint: Path | None) -> None:
+        """Drop metrics of updates that are about to be done again, and the note on why the run stopped."""
+        last, rows = _update_of(checkpoint) if checkpoint else 0, self.metrics()
+        kept = [row for row in rows if row.get("update", 0) <= last and row.get("kind") != "stop"]
+        if (self.path / "metrics.jsonl").is_file():
+            self.write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def _update_of(checkpoint: Path) -> int:
+    return int(CHECKPOINT.fullmatch(checkpoint.name)[1])
+
+
+def atomic_write(path: Path, content: str | bytes) -> Path:
+    """Write a file under a temporary name, flush it to disk, rename it: whole or not at all."""
+    temporary = path.with_name(f".{path.name}.partial")
+    with temporary.open("wb") as file:
+        file.write(content.encode("utf-8") if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)
+    return path
+
+
+def versions() -> dict[str, str]:
+    """library -> installed version, diffopd first; libraries that are absent are left out."""
+    found = {"diffopd": __version__}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _differences(before: Any, after: Any, key: str = "") -> list[str]:
+    """'key was X, is Y' for every setting that makes another run."""
+    if key in FREE_TO_CHANGE or before == after:
+        return []
+    if isinstance(before, dict) and isinstance(after, dict):
+        names = sorted({*before, *after})
+        return [
+            difference
+            for name in names
+            for difference in _differences(
+                before.get(name), after.get(name), f"{key}.{name}" if key else name
+            )
+        ]
+    return [f"{key} was {json.dumps(before)}, is {json.dumps(after)}"]

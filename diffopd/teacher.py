@@ -1,0 +1,190 @@
+"""A teacher's card: who it is, what it is asked, how its task is scored. No weights, no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PrivateAttr, model_validator
+
+from diffopd.errors import UserError, suggestion
+from diffopd.locate import HubId, absolute, download, find_teacher, is_path, parse_hub_id
+from diffopd.settings import Settings, Source, read_toml, validated
+
+Reward = Callable[[list[Any], list[str], list[dict[str, Any]]], Any]
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+
+
+class TeacherPrompts(Settings):
+    """The prompt files of a task; paths are absolute once read."""
+
+    train: str
+    test: str
+
+
+class TeacherCard(Settings):
+    """form: an adapter, a full denoiser, the base with adapters off, or the student's average."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
+    base: str
+    form: Literal["lora", "full", "base", "ema"]
+    weights: str | None = None
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    guidance_scale: Annotated[float, Field(ge=0)] = 1.0
+    num_inference_steps: Annotated[int, Field(gt=0, le=1000)] = 20
+    reward: Annotated[str, Field(pattern=r"^.+\.py:[A-Za-z_]\w*$")]
+    license: str
+    prompts: TeacherPrompts
+    _source: Source = PrivateAttr()
+
+    @model_validator(mode="after")
+    def _weights_fit_form(self) -> TeacherCard:
+        if self.name in ("student", "ema", "base", "default"):
+            raise ValueError(f"name {self.name!r} has a meaning of its own here. Choose another.")
+        if self.form in ("lora", "full") and not self.weights:
+            raise ValueError(
+                f'form = "{self.form}" needs weights = "a file or folder beside this card, or a hub id".'
+            )
+        if self.form in ("base", "ema") and (self.weights or self.sha256):
+            raise ValueError(f'form = "{self.form}" has no weights of its own. Remove weights and sha256.')
+        return self
+
+    @property
+    def path(self) -> Path:
+        """teacher.toml."""
+        return self._source.path
+
+    @property
+    def folder(self) -> Path:
+        """The teacher's folder."""
+        return self.path.parent
+
+    def place(self, *location: str | int) -> str:
+        """'file:line' of a key."""
+        return self._source.place(location)
+
+    @property
+    def hub_weights(self) -> HubId | None:
+        """The hub id of the weights, None where they lie beside the card."""
+        if self.weights is None or (self.folder / self.weights).exists() or not is_path(self.weights):
+            return None
+        return parse_hub_id(self.weights)
+
+    def weights_path(self) -> Path:
+        """The local file or folder of the weights; those of a hub id are downloaded.
+
+        Raises UserError for weights that are missing, not .safetensors, or (sha256 given) not those of the
+        card.
+        """
+        if self.weights is None:
+            raise UserError(f"{self.path}: a teacher of form {self.form!r} has no weights.")
+        path = (
+            download(self.hub_weights, ["*.safetensors", "*.json"])
+            if self.hub_weights
+            else self.folder / self.weights
+        )
+        if path.suffix in PICKLES:
+            raise UserError(
+                f"{self.place('weights')}: {path.name} is not .safetensors. Pickled weights are never "
+                "loaded: save them "
+                "with save_lora_weights or save_pretrained(safe_serialization=True)."
+            )
+        files = weight_files(path)
+        if not files:
+            raise UserError(
+                f"{self.place('weights')}: no .safetensors at {path}. Give the weights' file, or the folder "
+                "they were "
+                "saved to with save_lora_weights or save_pretrained."
+            )
+        return path
+
+    def digest(self) -> str | None:
+        """sha256 of the weights, None for a form without. Raises UserError when it is not the card's."""
+        if self.weights is None:
+            return None
+        found = weights_sha256(self.weights_path())
+        if self.sha256 and found != self.sha256:
+            raise UserError(
+                f"{self.place('sha256')}: the card says {self.sha256[:12]}..., the weights at {self.weights} "
+                "are "
+                f'{found[:12]}.... Restore the weights of the card, or correct sha256 = "{found}".'
+            )
+        return found
+
+
+def teacher_card(name_or_path: str, relative_to: Path | str) -> TeacherCard:
+    """The card of a shipped teacher, or of a user's folder by path from `relative_to`.
+
+    Raises UserError naming file, line and key.
+    """
+    start = Path(relative_to)
+    folder = find_teacher(name_or_path, start if start.is_dir() else start.parent)
+    data, source = read_toml(folder / "teacher.toml")
+    if isinstance(data.get("base"), str):
+        data["base"] = absolute(data["base"], folder)
+    prompts = data.get("prompts")
+    if isinstance(prompts, dict):
+        data["prompts"] = {k: str(folder / v) if isinstance(v, str) else v for k, v in prompts.items()}
+    card = validated(TeacherCard, data, source)
+    card._source = source
+    return card
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The .safetensors of a file or folder (of a folder with variants, all of them), sorted."""
+    if path.is_dir():
+        return sorted(path.glob("*.safetensors"))
+    return [path] if path.is_file() and path.suffix == ".safetensors" else []
+
+
+def weights_sha256(path: Path) -> str:
+    """sha256 of a .safetensors file; of a folder, of its 'name sha256' lines (one file: that file's own)."""
+    digests = []
+    for file in weight_files(path):
+        with file.open("rb") as stream:
+            digests.append((file.name, hashlib.file_digest(stream, "sha256").hexdigest()))
+    if len(digests) == 1:
+        return digests[0][1]
+    return hashlib.sha256("".join(f"{name} {digest}\n" for name, digest in digests).encode()).hexdigest()
+
+
+def load_reward(spec: str, folder: Path) -> Reward:
+    """The function of "file.py:function", the file taken from `folder`.
+
+    A reward takes (images: list of B PIL images, prompts: B strings, metadata: B dicts) and returns B floats
+    in
+    [0, 1]. Raises UserError for a missing file, one that does not import, or a missing function.
+    """
+    file, _, name = spec.rpartition(":")
+    path = (folder / file).resolve()
+    if not path.is_file():
+        raise UserError(
+            f"reward {spec!r}: there is no file {path}. Give it as file.py:function beside the card."
+        )
+    module = _import_file(path, spec)
+    function = vars(module).get(name)
+    if not callable(function):
+        known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
+        raise UserError(f"reward {spec!r}: {path} has no function {name!r}.{suggestion(name, known)}")
+    return function
+
+
+def _import_file(path: Path, spec: str) -> Any:
+    name = f"diffopd_reward_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    module_spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[name] = module
+    try:
+        module_spec.loader.exec_module(module)
+    except (ImportError, SyntaxError, NameError, AttributeError, TypeError, ValueError, OSError) as error:
+        del sys.modules[name]
+        raise UserError(
+            f"reward {spec!r}: {path} cannot be imported: {type(error).__name__}: {error}"
+        ) from error
+    return module

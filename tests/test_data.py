@@ -1,0 +1,56 @@
+import pytest
+
+from diffopd.data import PromptRow, check_tasks, read_prompts
+from diffopd.errors import UserError
+
+
+def write(path, text):
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_text_files_hold_one_prompt_a_line(tmp_path):
+    path = write(tmp_path / "train.txt", "a dot\n ein Käse \n")
+    assert read_prompts(path) == [PromptRow("a dot"), PromptRow("ein Käse")]
+
+
+def test_jsonl_rows_keep_their_metadata(tmp_path):
+    path = write(tmp_path / "a.jsonl", '{"prompt": "a dot", "word": "KEA", "n": 2}\n')
+    assert read_prompts(path) == [PromptRow("a dot", {"word": "KEA", "n": 2})]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "place", "reason"),
+    [
+        ("a.txt", "one\n\ntwo\n", "a.txt:2", "empty line"),
+        ("a.txt", "", "a.txt", "no prompts"),
+        ("a.jsonl", '{"prompt": "x"}\n\n', "a.jsonl:2", "empty line"),
+        ("a.jsonl", '{"prompt": "x"}\n{"prompt": \n', "a.jsonl:2", "not valid JSON"),
+        ("a.jsonl", '{"text": "x"}\n', "a.jsonl:1", 'string "prompt"'),
+        ("a.jsonl", '{"prompt": 3}\n', "a.jsonl:1", 'string "prompt"'),
+        ("a.jsonl", '["x"]\n', "a.jsonl:1", 'string "prompt"'),
+        ("a.jsonl", '{"prompt": "  "}\n', "a.jsonl:1", "is empty"),
+        ("a.csv", "x\n", "a.csv", ".txt"),
+    ],
+)
+def test_bad_prompt_files_are_named_with_their_line(tmp_path, name, text, place, reason):
+    with pytest.raises(UserError) as caught:
+        read_prompts(write(tmp_path / name, text))
+    assert f"{tmp_path}/{place}:" in str(caught.value) and reason in str(caught.value)
+
+
+def test_a_missing_file_and_another_encoding_are_refused(tmp_path):
+    with pytest.raises(UserError, match="cannot be read"):
+        read_prompts(tmp_path / "none.txt")
+    (tmp_path / "latin.txt").write_bytes("Käse".encode("latin-1"))
+    with pytest.raises(UserError, match="not UTF-8"):
+        read_prompts(tmp_path / "latin.txt")
+
+
+def test_rows_of_an_uncovered_or_another_teachers_task_are_refused(tmp_path):
+    rows = [PromptRow("a"), PromptRow("b", {"task": "text"})]
+    check_tasks(rows[:1], tmp_path / "p", "dots", ["dots"])
+    with pytest.raises(UserError, match="p:2: task 'text' is covered by no teacher"):
+        check_tasks(rows, tmp_path / "p", "dots", ["dots"])
+    with pytest.raises(UserError, match="p:2: task 'text' stands among the prompts of teacher 'dots'"):
+        check_tasks(rows, tmp_path / "p", "dots", ["dots", "text"])

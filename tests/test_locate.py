@@ -1,0 +1,96 @@
+import pytest
+
+from diffopd import locate
+from diffopd.errors import UserError
+from diffopd.locate import HubId, find_pipeline, find_recipe, find_teacher, parse_hub_id
+
+
+@pytest.fixture
+def shelf(tmp_path, monkeypatch):
+    """A package of our own with two teachers, one pipeline and one recipe on its shelves."""
+    package = tmp_path / "site" / "diffopd"
+    package.mkdir(parents=True)
+    top = package.parent
+    for name in ("text", "style"):
+        (top / "teachers" / name).mkdir(parents=True)
+        (top / "teachers" / name / "teacher.toml").write_text("")
+    (top / "teachers" / "together.toml").write_text("")
+    (top / "teachers" / "text" / "distill.toml").write_text("")
+    (top / "pipelines" / "emoji").mkdir(parents=True)
+    (top / "pipelines" / "emoji" / "model_index.json").write_text("{}")
+    monkeypatch.setattr(locate, "PACKAGE", package)
+    return top
+
+
+def test_the_shelves_of_a_checkout_lie_beside_the_package(shelf, tmp_path):
+    assert find_teacher("text", tmp_path) == shelf / "teachers" / "text"
+    assert find_pipeline("emoji") == shelf / "pipelines" / "emoji"
+
+
+def test_the_shelves_of_a_wheel_lie_inside_the_package(shelf, tmp_path):
+    (shelf / "teachers").rename(shelf / "diffopd" / "teachers")
+    assert find_teacher("text", tmp_path) == shelf / "diffopd" / "teachers" / "text"
+
+
+def test_recipes_are_found_by_name_at_the_top_or_in_a_teachers_folder(shelf):
+    assert find_recipe("together") == shelf / "teachers" / "together.toml"
+    assert find_recipe("text") == shelf / "teachers" / "text" / "distill.toml"
+
+
+def test_a_recipe_path_may_be_a_file_or_a_folder_with_distill_toml(shelf):
+    assert find_recipe(str(shelf / "teachers" / "together.toml")).name == "together.toml"
+    assert find_recipe(str(shelf / "teachers" / "text")).name == "distill.toml"
+
+
+@pytest.mark.parametrize(
+    ("find", "guess"),
+    [
+        (lambda here: find_recipe("togehter"), "together"),
+        (lambda here: find_recipe(str(here / "togehter.toml")), "together"),
+        (lambda here: find_teacher("txet", here), "text"),
+        (lambda here: find_pipeline("emojy"), "emoji"),
+    ],
+)
+def test_a_mistyped_name_gets_the_nearest_one(shelf, tmp_path, find, guess):
+    with pytest.raises(UserError, match=f'Did you mean "{guess}"'):
+        find(tmp_path)
+
+
+def test_a_name_with_a_separator_is_the_users_own_folder(shelf, tmp_path):
+    mine = tmp_path / "text"
+    mine.mkdir()
+    (mine / "teacher.toml").write_text("")
+    assert find_teacher("./text", tmp_path) == mine
+
+
+def test_a_mistyped_folder_gets_the_nearest_one_beside_it(tmp_path):
+    (tmp_path / "dots").mkdir()
+    (tmp_path / "dots" / "teacher.toml").write_text("")
+    with pytest.raises(UserError, match='Did you mean ".*/dots"'):
+        find_teacher("./dotz", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("owner/repo", HubId("owner/repo")),
+        ("owner/repo/a/b@v1", HubId("owner/repo", "a/b", "v1")),
+        ("owner/repo@refs/pr/1", HubId("owner/repo", "", "refs/pr/1")),
+        ("./owner/repo", None),
+        ("/owner/repo", None),
+        ("emoji", None),
+    ],
+)
+def test_hub_ids_are_told_from_paths(text, expected):
+    assert parse_hub_id(text) == expected
+
+
+def test_a_hub_id_that_cannot_be_had_says_what_was_tried(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="no local folder of this name, and the hub did not give it"):
+        find_pipeline("nobody/nothing")
+
+
+def test_a_folder_without_a_pipeline_is_refused(tmp_path):
+    with pytest.raises(UserError, match="model_index.json"):
+        find_pipeline(str(tmp_path))

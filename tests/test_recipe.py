@@ -1,0 +1,172 @@
+import math
+
+import pytest
+
+from diffopd.errors import UserError
+from diffopd.recipe import OBJECTIVE_NAMES, SOLVER_NAMES, Recipe, from_resolved, read_recipe
+from diffopd.settings import key_lines
+
+TEXT = """\
+name = "mine"
+[student]
+pretrained_model_name_or_path = "emoji"
+[[teachers]]
+name = "text"
+[[teachers]]
+name = "./style"
+weight = 2.0
+[train]
+max_train_steps = 3
+"""
+
+
+@pytest.fixture
+def recipe_file(tmp_path):
+    (tmp_path / "style").mkdir()
+    path = tmp_path / "mine.toml"
+    path.write_text(TEXT)
+    return path
+
+
+def message(path, *overrides, text=None):
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        read_recipe(path, list(overrides))
+    return str(caught.value)
+
+
+def test_reading_fills_defaults_and_keeps_the_file_verbatim(recipe_file):
+    recipe = read_recipe(recipe_file)
+    assert recipe.source_text == TEXT and recipe.path == recipe_file
+    assert recipe.output_dir == "runs/mine" and recipe.train.learning_rate == 3e-4
+    assert [teacher.weight for teacher in recipe.teachers] == [1.0, 2.0]
+
+
+def test_relative_paths_are_taken_from_the_recipes_folder(recipe_file, tmp_path):
+    recipe = read_recipe(recipe_file)
+    assert recipe.teachers[0].name == "text" and recipe.teachers[1].name == str(tmp_path / "style")
+
+
+def test_the_resolved_form_reads_back_to_the_same_recipe(recipe_file):
+    recipe = read_recipe(recipe_file, ["objective.query={indices=[0, 2]}"])
+    again = from_resolved(recipe.resolved(), recipe._source)
+    assert isinstance(again, Recipe) and again.resolved() == recipe.resolved()
+
+
+def test_a_recipe_is_frozen(recipe_file):
+    with pytest.raises(ValueError):
+        read_recipe(recipe_file).train.batch_size = 3
+
+
+@pytest.mark.parametrize(
+    ("option", "section", "key", "value"),
+    [
+        ("train.batch_size=5", "train", "batch_size", 5),
+        ("objective.name=kl", "objective", "name", "kl"),
+        ('objective.name="kl"', "objective", "name", "kl"),
+        ("evaluate.seeds=[3, 4]", "evaluate", "seeds", [3, 4]),
+        ("student.call.eta=0.5", "student", "call", {"eta": 0.5}),
+        ("student.scheduler={class = 'DDIMScheduler'}", "student", "scheduler", {"class": "DDIMScheduler"}),
+        ("train.gradient_checkpointing=true", "train", "gradient_checkpointing", True),
+    ],
+)
+def test_overrides_are_toml_values(recipe_file, option, section, key, value):
+    assert getattr(getattr(read_recipe(recipe_file, [option]), section), key) == value
+
+
+@pytest.mark.parametrize("option", ["teachers.1.weight=7.5", "teachers.style.weight=7.5"])
+def test_a_teacher_is_overridden_by_index_or_name(recipe_file, option):
+    assert [teacher.weight for teacher in read_recipe(recipe_file, [option]).teachers] == [1.0, 7.5]
+
+
+def test_an_unknown_key_is_named_with_file_line_and_nearest(recipe_file):
+    text = message(recipe_file, text=TEXT.replace("weight", "wieght"))
+    assert f"{recipe_file}:8: unknown key teachers.1.wieght" in text and 'Did you mean "weight"?' in text
+
+
+def test_an_unknown_section_is_named_with_nearest(recipe_file):
+    text = message(recipe_file, text=TEXT.replace("[train]", "[trian]"))
+    assert f"{recipe_file}:9: unknown key trian" in text and 'Did you mean "train"?' in text
+
+
+def test_a_wrong_word_is_refused_with_the_allowed_ones(recipe_file):
+    text = message(recipe_file, "student.solver=dimm")
+    assert "--set student.solver=dimm" in text and 'Did you mean "ddim"?' in text and "dpmpp_2m" in text
+
+
+def test_toml_syntax_errors_name_file_and_line(recipe_file):
+    assert f"{recipe_file}:3: is not valid TOML" in message(
+        recipe_file, text=TEXT.replace('"emoji"', "emoji")
+    )
+
+
+def test_several_errors_are_reported_at_once(recipe_file):
+    text = message(recipe_file, "train.batch_size=0", "train.learning_rate=-1")
+    assert "train.batch_size" in text and "train.learning_rate" in text
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-1", "0", '"1e-3"', "true"])
+def test_learning_rates_are_finite_positive_numbers(recipe_file, value):
+    text = message(recipe_file, f"train.learning_rate={value}")
+    assert "train.learning_rate" in text and "it must be" in text
+
+
+@pytest.mark.parametrize(
+    ("option", "reason"),
+    [
+        ("train.max_train_steps=0", "never end"),
+        ("train.patience=3", "validate_every"),
+        ("student.noise_level=0.5", "no effect"),
+        ("student.num_inference_steps=0", "greater than 0"),
+        ("objective.query={fraction=1.5}", "0 < F <= 1"),
+        ("objective.query={indices=[]}", "different step numbers"),
+        ("objective.step_weights=[0, 0]", "all 0"),
+        ("evaluate.seeds=[1, 1]", "each once"),
+        ("student.call.latents=3", "set by diffopd"),
+        ("train.tasks_per_update=0", "above 0"),
+        ("student.rank.x=1", "valid integer"),
+        ("name.x=1", "no keys"),
+        ("teachers.2.weight=1", "no item"),
+        ("teachers.stile.weight=1", 'Did you mean "style"?'),
+        ("nonsense", "section.key=value"),
+        ("train.batch_size=a b", "not TOML"),
+        ("teachers=[]", "at least 1 item"),
+        ("objectiv.name=kl", 'Did you mean "objective"?'),
+    ],
+)
+def test_bad_values_are_refused_with_the_reason(recipe_file, option, reason):
+    assert reason in message(recipe_file, option)
+
+
+def test_the_same_teacher_twice_is_refused(recipe_file):
+    assert "given twice" in message(recipe_file, "teachers=[{name='text'}, {name='text'}]")
+
+
+def test_lines_are_found_in_nested_tables():
+    lines = key_lines('a = 1\n[b]\nc.d = 2\n[[e]]\nx = 1\n[e.call]\ny = 2\n[[e]]\n"x" = 3\n')
+    assert lines[("a",)] == 1 and lines[("b", "c", "d")] == 3
+    assert lines[("e", 0, "call", "y")] == 7 and lines[("e", 1, "x")] == 9
+
+
+def test_recipe_names_are_those_of_the_tables():
+    from diffopd.objective import OBJECTIVES
+    from diffopd.solver import SOLVERS
+
+    assert set(OBJECTIVE_NAMES.__args__) == set(OBJECTIVES)
+    assert set(SOLVER_NAMES.__args__) == {"native", *SOLVERS}
+
+
+def test_reading_a_recipe_imports_no_heavy_library(recipe_file):
+    import subprocess
+    import sys
+
+    code = f"import sys; from diffopd.recipe import read_recipe; read_recipe({str(recipe_file)!r}); " + (
+        "sys.exit(len({'torch', 'diffusers', 'peft', 'transformers'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_numbers_stay_what_they_were(recipe_file):
+    train = read_recipe(recipe_file, ["train.learning_rate=1e-3", "train.max_train_seconds=60"]).train
+    assert math.isclose(train.learning_rate, 1e-3) and isinstance(train.max_train_seconds, float)

@@ -1,0 +1,116 @@
+import json
+
+import pytest
+
+from diffopd.errors import UserError
+from diffopd.recipe import read_recipe
+from diffopd.run_folder import RunFolder, atomic_write
+
+TEXT = 'name = "r"\n[student]\npretrained_model_name_or_path = "emoji"\n[[teachers]]\nname = "text"\n'
+HASHES = {"text/lora.safetensors": "a" * 64}
+
+
+@pytest.fixture
+def recipe_file(tmp_path):
+    path = tmp_path / "r.toml"
+    path.write_text(TEXT + "[train]\nmax_train_steps = 4\n")
+    return path
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_a_new_folder_stores_what_was_asked(recipe_file, tmp_path):
+    recipe = read_recipe(recipe_file)
+    folder = RunFolder.create(tmp_path / "run", recipe, HASHES)
+    assert (folder.path / "recipe.toml").read_text() == recipe_file.read_text()
+    assert folder.hashes() == HASHES and "torch" in folder.versions()
+    assert folder.recipe().resolved() == recipe.resolved() and folder.recipe().path == recipe_file
+
+
+def test_the_same_recipe_takes_the_run_up_again(recipe_file, tmp_path):
+    recipe = read_recipe(recipe_file)
+    RunFolder.create(tmp_path / "run", recipe, HASHES)
+    RunFolder.create(tmp_path / "run", recipe, HASHES)
+    longer = read_recipe(recipe_file, ["train.max_train_steps=9", "evaluate.num_prompts=3"])
+    assert RunFolder.create(tmp_path / "run", longer, HASHES).recipe().train.max_train_steps == 9
+
+
+@pytest.mark.parametrize(
+    ("option", "named"),
+    [("train.learning_rate=0.5", "train.learning_rate was 0.0003, is 0.5"), ("seed=7", "seed was 0, is 7")],
+)
+def test_another_recipe_is_refused_and_nothing_is_written(recipe_file, tmp_path, option, named):
+    folder = RunFolder.create(tmp_path / "run", read_recipe(recipe_file), HASHES)
+    before = contents(folder.path)
+    with pytest.raises(UserError, match="holds another run") as caught:
+        RunFolder.create(tmp_path / "run", read_recipe(recipe_file, [option]), HASHES)
+    assert named in str(caught.value) and contents(folder.path) == before
+
+
+def test_a_changed_teacher_is_refused_on_resume(recipe_file, tmp_path):
+    recipe = read_recipe(recipe_file)
+    folder = RunFolder.create(tmp_path / "run", recipe, HASHES)
+    before = contents(folder.path)
+    with pytest.raises(UserError, match="text/lora.safetensors is not what this run began with"):
+        RunFolder.create(tmp_path / "run", recipe, {"text/lora.safetensors": "b" * 64})
+    assert contents(folder.path) == before
+
+
+def test_a_folder_with_other_files_is_refused(recipe_file, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("mine")
+    with pytest.raises(UserError, match="is not empty and holds no run"):
+        RunFolder.create(tmp_path / "run", read_recipe(recipe_file), HASHES)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.txt"]
+
+
+def test_a_file_in_the_way_is_refused(recipe_file, tmp_path):
+    (tmp_path / "run").write_text("mine")
+    for path in (tmp_path / "run", tmp_path / "run" / "inner"):
+        with pytest.raises(UserError, match="output_dir"):
+            RunFolder.create(path, read_recipe(recipe_file), HASHES)
+
+
+def test_starting_over_in_a_folder_with_checkpoints_is_refused(recipe_file, tmp_path):
+    folder = RunFolder.create(tmp_path / "run", read_recipe(recipe_file), HASHES)
+    (folder.path / "checkpoint-2").mkdir()
+    with pytest.raises(UserError, match="would start over"):
+        RunFolder.create(folder.path, read_recipe(recipe_file, ["train.resume_from_checkpoint=none"]), HASHES)
+
+
+def test_the_latest_checkpoint_is_the_finished_one_with_the_highest_number(recipe_file, tmp_path):
+    folder = RunFolder.create(tmp_path / "run", read_recipe(recipe_file), HASHES)
+    assert folder.latest_checkpoint() is None
+    for name in ("checkpoint-9", "checkpoint-10", ".checkpoint-11.partial", "checkpoint-x"):
+        (folder.path / name).mkdir()
+    assert folder.latest_checkpoint().name == "checkpoint-10"
+
+
+def test_resuming_drops_rows_that_will_be_written_again_and_half_written_ones(recipe_file, tmp_path):
+    recipe = read_recipe(recipe_file)
+    folder = RunFolder.create(tmp_path / "run", recipe, HASHES)
+    for update in (1, 2, 3):
+        folder.append_metrics({"kind": "update", "update": update})
+    folder.append_metrics({"kind": "stop", "update": 2, "reason": "x"})
+    with (folder.path / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "upd')
+    (folder.path / "checkpoint-2").mkdir()
+    assert len(folder.metrics()) == 4
+    RunFolder.create(tmp_path / "run", recipe, HASHES)
+    rows = [json.loads(line) for line in (folder.path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["update"] for row in rows] == [1, 2] and rows == folder.metrics()
+
+
+def test_opening_something_else_names_the_runs_beside_it(recipe_file, tmp_path):
+    RunFolder.create(tmp_path / "run", read_recipe(recipe_file), HASHES)
+    with pytest.raises(UserError, match=f"Runs beside it: {tmp_path / 'run'}"):
+        RunFolder.open(tmp_path / "ran")
+
+
+def test_an_atomic_write_that_fails_leaves_the_old_file(tmp_path):
+    path = atomic_write(tmp_path / "a.txt", "old")
+    with pytest.raises(UnicodeEncodeError):
+        atomic_write(path, "\ud800")
+    assert path.read_text() == "old"
