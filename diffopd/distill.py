@@ -1,0 +1,376 @@
+"""THE loop: every published method is a row of choices in the recipe; nothing here knows a method's name.
+
+One update: for each task its prompts -> the student walks -> its teacher is held at the student's states -> each
+state is compared and backed at once -> one reduction, one optimizer step. To resume, give the same command again.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from diffopd import noise
+from diffopd.adapters import Average, autocast_forward
+from diffopd.assemble import Student, Teacher, assemble
+from diffopd.checkpoint import Progress, Trained, load_checkpoint, save_checkpoint
+from diffopd.data import PromptRow
+from diffopd.data_states import encode_pictures, next_place, noised
+from diffopd.drive import Call, Survey, denoiser_of, survey
+from diffopd.errors import UserError
+from diffopd.log import TrainingLog
+from diffopd.objective import get_objective
+from diffopd.processes import Processes, join_processes
+from diffopd.query import supervised_states
+from diffopd.recipe import Recipe
+from diffopd.run_folder import RunFolder
+from diffopd.supervise import Manner, StateLoss, Watch, supervise
+from diffopd.trajectory import save_trajectory
+
+VALIDATION = 2**31  # noise keys of held-out batches: no update of a run ever has this number
+INTERRUPTED = "Ctrl-C; the same command goes on from here"
+INITIAL = 0  # solver-step key of the initial latents; the step from state i draws with key i + 1
+
+
+@dataclass
+class Run:
+    """What one update needs: the cast, the manner of walking, and where rows and noise come from."""
+
+    recipe: Recipe
+    student: Student
+    teachers: list[Teacher]
+    walk: Survey
+    processes: Processes
+    device: str
+
+    @property
+    def rows_per_task(self) -> int:
+        train = self.recipe.train
+        return train.batch_size * train.gradient_accumulation_steps * self.processes.world
+
+
+def distill(recipe: Recipe, folder: RunFolder) -> bool:
+    """Run or resume a recipe in its folder: train, log, checkpoint; ends with a checkpoint and sample pictures.
+
+    Returns whether the run came to its end (False after Ctrl-C).
+
+    Raises UserError for anything wrong with the recipe's parts, a teacher whose first predictions are not finite or
+    whose grid does not nest, and for a loss that stops being finite (the last checkpoint stays).
+    """
+    processes = join_processes()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    student, teachers = assemble(recipe, device)
+    run = Run(recipe, student, teachers, _survey(student, teachers), processes, device)
+    trained = _trained(run)
+    latest = folder.latest_checkpoint() if recipe.train.resume_from_checkpoint == "latest" else None
+    if latest:
+        load_checkpoint(latest, trained)
+        _follow(run, trained, moved=False)
+    with ExitStack() as stack:
+        dtype = torch.bfloat16 if recipe.train.mixed_precision == "bf16" else None
+        for denoiser in {id(d): d for d in (denoiser_of(s.call.pipeline) for s in (student, *teachers))}.values():
+            stack.enter_context(autocast_forward(denoiser, dtype))
+        preflight(run)
+        log = stack.enter_context(TrainingLog(folder, recipe, trained.progress, is_main=processes.is_main))
+        reason = _updates(run, trained, folder, log)
+        log.stop(reason)
+        if processes.is_main and reason != INTERRUPTED:
+            save_trajectory(run, folder)
+    processes.wait()
+    return reason != INTERRUPTED
+
+
+def preflight(run: Run) -> dict[str, float]:
+    """One walk per teacher without gradients: grids nest, predictions are finite. Returns the first loss of each.
+
+    Raises UserError naming the teacher and what is wrong.
+    """
+    first = {}
+    for slot, teacher in enumerate(run.teachers):
+        rows = teacher.train_rows[: run.recipe.train.batch_size]
+        try:
+            losses = walk_rows(
+                run, teacher, rows, list(range(len(rows))), update=VALIDATION + 1, slot=slot, backward=None
+            )
+        except ValueError as error:
+            raise UserError(f"Teacher {teacher.name!r} cannot teach this student: {error}") from error
+        _refuse_non_finite(losses, teacher.name, update=0)
+        first[teacher.name] = _mean(losses)
+    return first
+
+
+def _updates(run: Run, trained: Trained, folder: RunFolder, log: TrainingLog) -> str:
+    """Train until a reason to stop; returns it. Ctrl-C saves a checkpoint and stops."""
+    progress, train = trained.progress, run.recipe.train
+    began = time.monotonic() - progress.seconds
+    reason = _finished(run, progress)
+    try:
+        while reason is None:
+            watch = Watch()
+            losses = one_update(run, trained, watch)
+            progress.update += 1
+            progress.seconds = time.monotonic() - began
+            log.update(losses, trained.optimizer.param_groups[0]["lr"], watch)
+            if train.validate_every and progress.update % train.validate_every == 0:
+                log.validation(_validate(run, trained))
+            reason = _finished(run, progress)
+            if reason is None and progress.update % train.checkpointing_steps == 0:
+                _save(run, trained, folder)
+    except KeyboardInterrupt:
+        reason = INTERRUPTED
+    _save(run, trained, folder)
+    return reason
+
+
+def one_update(run: Run, trained: Trained, watch: Watch) -> UpdateLosses:
+    """All tasks of one round, gradients accumulated; one reduction, one clip, one optimizer step.
+
+    Raises UserError at the first loss that is not finite, before the optimizer has moved.
+    """
+    update, train = trained.progress.update, run.recipe.train
+    trained.optimizer.zero_grad(set_to_none=True)
+    tasks = route(run.recipe, run.teachers, update)
+    record = UpdateLosses()
+    for slot, (teacher, share) in enumerate(tasks):
+        mine = run.processes.rows(run.rows_per_task)
+        for start in range(mine.start, mine.stop, train.batch_size):
+            numbers = list(range(start, min(start + train.batch_size, mine.stop)))
+            rows = [pick_row(teacher.train_rows, run, update, teacher.name, number) for number in numbers]
+            scale = share / run.rows_per_task
+
+            def backward(loss: Tensor, scale: float = scale) -> None:
+                (loss.sum() * scale).backward()
+
+            losses = walk_rows(run, teacher, rows, numbers, update=update, slot=slot, backward=backward, watch=watch)
+            _refuse_non_finite(losses, teacher.name, update)
+            record.add(teacher.name, losses, len(rows))
+    with watch("optimizer"):
+        run.processes.sum_gradients(trained.parameters.values())
+        norm = torch.nn.utils.clip_grad_norm_(trained.parameters.values(), train.max_grad_norm)
+        for group in trained.optimizer.param_groups:
+            group["lr"] = train.learning_rate * learning_rate_factor(run.recipe, trained.progress)
+        trained.optimizer.step()
+        _follow(run, trained, moved=True)
+    record.grad_norm = float(norm)
+    trained.progress.images += run.rows_per_task * len(tasks)
+    return record.reduced(run.processes)
+
+
+class UpdateLosses:
+    """Losses of one update: per teacher, and per teacher and state, means over rows."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, dict[int, float]] = {}
+        self.rows: dict[str, int] = {}
+        self.grad_norm = 0.0
+
+    def add(self, teacher: str, losses: list[StateLoss], rows: int) -> None:
+        """Add one micro-batch."""
+        states = self.sums.setdefault(teacher, {})
+        for state in losses:
+            states[state.index] = states.get(state.index, 0.0) + float(state.loss.double().sum())
+        self.rows[teacher] = self.rows.get(teacher, 0) + rows
+
+    def per_step(self) -> dict[str, dict[int, float]]:
+        """teacher -> state index -> mean loss."""
+        return {t: {i: v / self.rows[t] for i, v in sorted(s.items())} for t, s in self.sums.items()}
+
+    def per_teacher(self) -> dict[str, float]:
+        """teacher -> mean over its supervised states."""
+        return {t: sum(s.values()) / len(s) for t, s in self.per_step().items()}
+
+    def mean(self) -> float:
+        """Mean over teachers."""
+        values = self.per_teacher().values()
+        return sum(values) / len(values)
+
+    def reduced(self, processes: Processes) -> UpdateLosses:
+        """Summed over processes (every process walks the same tasks)."""
+        if processes.world > 1:
+            keys = [(t, i) for t in self.sums for i in self.sums[t]]
+            flat = torch.tensor([self.sums[t][i] for t, i in keys] + [float(n) for n in self.rows.values()])
+            flat = processes.sum(flat.double()).tolist()
+            for (teacher, index), value in zip(keys, flat, strict=False):
+                self.sums[teacher][index] = value
+            self.rows = dict(zip(self.rows, map(int, flat[len(keys) :]), strict=True))
+        return self
+
+
+def route(recipe: Recipe, teachers: list[Teacher], update: int) -> list[tuple[Teacher, float]]:
+    """The tasks of a round with their shares of the loss: a pure function of (seed, update), never of a counter.
+
+    "all": every teacher, weight = its share. A number: that many draws with probabilities by weight.
+    """
+    total = sum(t.weight for t in teachers)
+    if recipe.train.tasks_per_update == "all":
+        return [(t, t.weight / total) for t in teachers]
+    draws = recipe.train.tasks_per_update
+    weights = [t.weight for t in teachers]
+    chosen = [noise.choose(weights, recipe.seed, update, slot) for slot in range(draws)]
+    return [(teachers[index], 1.0 / draws) for index in chosen]
+
+
+def pick_row(rows: list[PromptRow], run: Run, update: int, task: str, number: int) -> PromptRow:
+    """The prompt of one row: every pass over the file is a fresh permutation, all a function of integers."""
+    position = update * run.rows_per_task + number
+    epoch, place = divmod(position, len(rows))
+    return rows[noise.permuted(place, len(rows), run.recipe.seed, epoch, task)]
+
+
+def walk_rows(
+    run: Run,
+    teacher: Teacher,
+    rows: list[PromptRow],
+    numbers: list[int],
+    *,
+    update: int,
+    slot: int,
+    backward: Callable[[Tensor], None] | None,
+    watch: Watch | None = None,
+    **options: object,
+) -> list[StateLoss]:
+    recipe = run.recipe
+    samples = [slot * run.rows_per_task + number for number in numbers]
+
+    def drawn(solver_step: int) -> Tensor:
+        keys = {"run_seed": recipe.seed, "update": update, "solver_step": solver_step, "sample_indices": samples}
+        return noise.draw(run.walk.shape, **keys).to(run.device)
+
+    latents, options = drawn(INITIAL), dict(options)
+    if recipe.objective.states == "data":
+        pictures = encode_pictures(run.student.pipeline, rows)
+        latents = noised(pictures, latents, run.walk.place)
+        options["data_states"] = lambda visit: noised(pictures, drawn(visit.index + 1), next_place(visit))
+    return supervise(
+        told(run.student.call, rows, latents),
+        told(teacher.call, rows, latents),
+        manner=manner_of(recipe, run.walk.num_visits, update, slot),
+        noise=lambda index: drawn(index + 1),
+        backward=backward,
+        watch=watch,
+        **options,
+    )
+
+
+def told(call: Call, rows: list[PromptRow], latents: Tensor) -> Call:
+    """The call with the prompts of these rows; a negative prompt is repeated for each."""
+    arguments: dict[str, object] = {"prompt": [row.prompt for row in rows], "latents": latents}
+    if isinstance(call.arguments.get("negative_prompt"), str):
+        arguments["negative_prompt"] = [call.arguments["negative_prompt"]] * len(rows)
+    return call.told(**arguments)
+
+
+def manner_of(recipe: Recipe, num_visits: int, update: int, slot: int) -> Manner:
+    """How this micro-batch walks and is compared; queries are drawn once per micro-batch from (seed, update, slot)."""
+    objective = recipe.objective
+    return Manner(
+        objective=get_objective(objective.name, objective.final_step, recipe.student.solver),
+        indices=supervised_states(objective.query, num_visits, seed=(recipe.seed, update, slot)),
+        solver=recipe.student.solver,
+        noise_level=recipe.student.noise_level,
+        substeps=objective.substeps,
+        substep_solver=objective.substep_solver,
+        step_weights=objective.step_weights,
+        two_pass=recipe.train.mode == "two_pass",
+    )
+
+
+def learning_rate_factor(recipe: Recipe, progress: Progress) -> float:
+    """Warm-up times schedule, in (0, 1]; cosine falls over updates or seconds, whichever ends the run first."""
+    train = recipe.train
+    warm = min(1.0, (progress.update + 1) / train.lr_warmup_steps) if train.lr_warmup_steps else 1.0
+    if train.lr_scheduler == "constant":
+        return warm
+    done = [progress.update / train.max_train_steps] if train.max_train_steps else []
+    done += [progress.seconds / train.max_train_seconds] if train.max_train_seconds else []
+    return warm * max(0.5 * (1 + math.cos(math.pi * min(1.0, max(done)))), 1e-3)
+
+
+def _survey(student: Student, teachers: list[Teacher]) -> Survey:
+    return survey(student.call.told(prompt=[teachers[0].train_rows[0].prompt]))
+
+
+def _trained(run: Run) -> Trained:
+    train, student = run.recipe.train, run.student
+    optimizer = torch.optim.AdamW(
+        student.parameters.values(),
+        lr=train.learning_rate,
+        betas=(train.adam_beta1, train.adam_beta2),
+        weight_decay=train.adam_weight_decay,
+        eps=train.adam_epsilon,
+    )
+    average = Average(student.parameters, train.ema_decay) if train.ema_decay else None
+    followed = [teacher.follow[0] for teacher in run.teachers if teacher.follow]
+    return Trained(student.pipeline, student.parameters, optimizer, average, *followed[:1], is_lora=student.is_lora)
+
+
+def _follow(run: Run, trained: Trained, *, moved: bool) -> None:
+    """Averages and self-teachers follow the student (after an update), or are only written out (after a resume)."""
+    if moved and trained.average:
+        trained.average.update(trained.parameters)
+    for teacher in run.teachers:
+        if teacher.follow:
+            average, written = teacher.follow
+            if moved:
+                average.update(trained.parameters)
+            average.copy_to(written)
+
+
+def _validate(run: Run, trained: Trained) -> dict[str, float]:
+    """Held-out distillation loss per teacher: the same test prompts and noise every time, averaged weights if kept."""
+    losses = {}
+    with ExitStack() as stack:
+        if trained.average:
+            stack.enter_context(trained.average.applied(trained.parameters))
+        for slot, teacher in enumerate(run.teachers):
+            rows = teacher.test_rows[: run.recipe.train.batch_size]
+            numbers = list(range(len(rows)))
+            losses[teacher.name] = _mean(
+                walk_rows(run, teacher, rows, numbers, update=VALIDATION, slot=slot, backward=None)
+            )
+    progress, mean = trained.progress, sum(losses.values()) / len(losses)
+    if progress.best_validation is None or mean < progress.best_validation:
+        progress.best_validation, progress.checks_since_best = mean, 0
+    else:
+        progress.checks_since_best += 1
+    return losses
+
+
+def _finished(run: Run, progress: Progress) -> str | None:
+    train = run.recipe.train
+    if train.max_train_steps and progress.update >= train.max_train_steps:
+        return f"reached max_train_steps = {train.max_train_steps}"
+    late = bool(train.max_train_seconds) and progress.seconds >= train.max_train_seconds
+    if run.processes.agree(late):
+        return f"reached max_train_seconds = {train.max_train_seconds:g}"
+    if train.patience and progress.checks_since_best >= train.patience:
+        return f"the held-out loss has not fallen for {train.patience} checks"
+    return None
+
+
+def _save(run: Run, trained: Trained, folder: RunFolder) -> None:
+    if run.processes.is_main:
+        save_checkpoint(folder.path / f"checkpoint-{trained.progress.update}", trained)
+    run.processes.wait()
+
+
+def _refuse_non_finite(losses: list[StateLoss], teacher: str, update: int) -> None:
+    for state in losses:
+        if not bool(torch.isfinite(state.loss).all()):
+            raise UserError(
+                f"The loss against teacher {teacher!r} is not finite at update {update}, step {state.index} "
+                f"(sigma {state.sigma:.4f}). Nothing was written after the last checkpoint. Lower learning_rate or "
+                "use mixed_precision = 'no'; if it happens at update 0, the teacher itself is broken."
+            )
+
+
+def _mean(losses: list[StateLoss]) -> float:
+    return sum(float(state.loss.double().mean()) for state in losses) / len(losses)
+
+
+__all__ = ["Call", "Run", "UpdateLosses", "distill", "one_update", "preflight", "route"]

@@ -1,0 +1,136 @@
+"""Weights into stock pipelines: safetensors only, and never a silent no-op."""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from diffopd.adapters import adapter_parameters
+from diffopd.drive import denoiser_name, denoiser_of
+from diffopd.errors import UserError
+from diffopd.locate import find_pipeline
+from diffopd.run_folder import RunFolder
+from diffopd.teacher import TeacherCard, weight_files
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+
+
+def load_pipeline(name: str, dtype: torch.dtype = torch.float32) -> Any:
+    """A stock pipeline by shelf name, folder or hub id, from safetensors, progress bar off.
+
+    Raises UserError where it cannot be found or has pickled weights only.
+    """
+    from diffusers import DiffusionPipeline
+
+    folder = find_pipeline(name)
+    with _quiet():
+        try:
+            pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be loaded as a diffusers pipeline: {error}") from error
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def load_lora(pipeline: Any, source: TeacherCard | str, adapter_name: str) -> None:
+    """Put a LoRA on the pipeline's denoiser as a frozen adapter, by diffusers' own loader; alpha is honoured.
+
+    source: a teacher's card, or a .safetensors file or folder. Raises UserError when a tensor of the file is not
+    used or the file has none for the denoiser: diffusers only warns, and the result would be the base itself.
+    """
+    path = source.weights_path() if isinstance(source, TeacherCard) else Path(source)
+    files = weight_files(path)
+    if len(files) != 1:
+        raise UserError(f"{path}: holds {len(files)} .safetensors files. Name the one of the LoRA.")
+    with _quiet():
+        try:
+            pipeline.load_lora_weights(str(files[0].parent), weight_name=files[0].name, adapter_name=adapter_name)
+        except (ValueError, RuntimeError, KeyError) as error:
+            raise UserError(f"{files[0]}: does not fit the base as a LoRA: {_first_lines(error)}") from error
+    denoiser = denoiser_of(pipeline)
+    loaded = adapter_parameters(denoiser, adapter_name)
+    for parameter in loaded.values():
+        parameter.requires_grad_(False)
+    _refuse_unused(files[0], len(loaded), denoiser_name(pipeline))
+
+
+def load_full_denoiser(base: Any, card: TeacherCard) -> nn.Module:
+    """A teacher's own denoiser, of the base's class and dtype. Raises UserError where it does not fit."""
+    path = card.weights_path()
+    kind = type(denoiser_of(base))
+    with _quiet():
+        try:
+            return kind.from_pretrained(path, dtype=denoiser_of(base).dtype, use_safetensors=True)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(f"{path}: cannot be loaded as {kind.__name__}: {_first_lines(error)}") from error
+
+
+def student_pipeline(run_dir: Path, step: int | None = None) -> Any:
+    """A run's student as a plain stock pipeline: adapter fused and unloaded, scheduler of the recipe.
+
+    step: which checkpoint-N, the latest by default. Raises UserError where the run has none.
+    """
+    from diffopd.assemble import with_scheduler
+
+    folder = RunFolder.open(run_dir)
+    recipe = folder.recipe()
+    checkpoint = folder.path / f"checkpoint-{step}" if step is not None else folder.latest_checkpoint()
+    if checkpoint is None or not checkpoint.is_dir():
+        raise UserError(f"{run_dir}: has no {checkpoint.name if checkpoint else 'checkpoint'}. Train it first.")
+    pipeline = with_scheduler(load_pipeline(recipe.student.pretrained_model_name_or_path), recipe)
+    if recipe.student.train == "lora":
+        load_lora(pipeline, str(checkpoint / LORA_FILE), "default")
+        pipeline.fuse_lora()
+        pipeline.unload_lora_weights()
+        for parameter in denoiser_of(pipeline).parameters():  # as a reload has them: strides choose the kernels
+            parameter.data = parameter.data.contiguous().clone()
+    else:
+        name = denoiser_name(pipeline)
+        trained = type(denoiser_of(pipeline)).from_pretrained(checkpoint / name, use_safetensors=True)
+        pipeline.register_modules(**{name: trained})
+    return pipeline
+
+
+def _refuse_unused(file: Path, loaded: int, component: str) -> None:
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as opened:
+        keys = [key for key in opened.keys() if not key.endswith(".alpha")]
+    if len(keys) == loaded:
+        return
+    shown = ", ".join(keys[:2])
+    raise UserError(
+        f"{file}: {len(keys)} tensors in the file, {loaded} used on the {component}. Its keys begin with {shown}. "
+        f"Save it with the pipeline's save_lora_weights ({component} layers only), or in a layout diffusers converts."
+    )
+
+
+def _first_lines(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Loading bars and notes of the libraries off for a moment; errors still come as exceptions."""
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    before = of_diffusers.get_verbosity(), of_transformers.get_verbosity()
+    for library in (of_diffusers, of_transformers):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+            yield
+    finally:
+        of_diffusers.set_verbosity(before[0])
+        of_transformers.set_verbosity(before[1])

@@ -1,0 +1,95 @@
+"""What a run says while it trains: a progress bar for the person, rows of metrics.jsonl for everything else."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from diffopd.checkpoint import Progress
+from diffopd.recipe import Recipe
+from diffopd.run_folder import RunFolder
+from diffopd.supervise import Watch
+
+if TYPE_CHECKING:
+    from diffopd.distill import UpdateLosses
+
+
+class TrainingLog:
+    """Open while a run trains. Only the main process shows and writes anything."""
+
+    def __init__(self, folder: RunFolder, recipe: Recipe, progress: Progress, *, is_main: bool) -> None:
+        self._folder, self._progress, self._is_main = folder, progress, is_main
+        train = recipe.train
+        self._by_time = not train.max_train_steps
+        self._total = train.max_train_seconds if self._by_time else train.max_train_steps
+        self._last = time.monotonic()
+        self._smooth: dict[str, float] = {}
+        self._rate: float | None = None
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[note]}"),
+        )
+        self._bar = Bar(*columns, TimeElapsedColumn(), TimeRemainingColumn(), disable=not is_main)
+        self._task = self._bar.add_task("distill", total=self._total, completed=self._done(), note="")
+
+    def __enter__(self) -> TrainingLog:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.stop()
+
+    def update(self, losses: UpdateLosses, learning_rate: float, watch: Watch) -> None:
+        """One finished update: a row in metrics.jsonl, the bar moves."""
+        per_teacher, per_step = losses.per_teacher(), losses.per_step()
+        self._write(
+            kind="update",
+            update=self._progress.update,
+            seconds=round(self._progress.seconds, 3),
+            loss=losses.mean(),
+            loss_per_teacher=per_teacher,
+            loss_per_step={teacher: list(states.values()) for teacher, states in per_step.items()},
+            steps={teacher: list(states) for teacher, states in per_step.items()},
+            grad_norm=losses.grad_norm,
+            learning_rate=learning_rate,
+            images=self._progress.images,
+            network_calls=dict(watch.evaluations),
+            stage_seconds={stage: round(value, 4) for stage, value in watch.seconds.items()},
+        )
+        self._show(per_teacher)
+
+    def validation(self, per_teacher: dict[str, float]) -> None:
+        """The held-out distillation loss."""
+        mean = sum(per_teacher.values()) / len(per_teacher)
+        place = {"update": self._progress.update, "seconds": round(self._progress.seconds, 3)}
+        self._write(kind="validation", **place, loss=mean, loss_per_teacher=per_teacher)
+
+    def stop(self, reason: str) -> None:
+        """Why the run ended."""
+        self._write(kind="stop", update=self._progress.update, seconds=round(self._progress.seconds, 3), reason=reason)
+        if self._is_main:
+            self._bar.console.print(f"Stopped after {self._progress.update} updates: {reason}.")
+
+    def _write(self, **row: Any) -> None:
+        if self._is_main:
+            self._folder.append_metrics(row)
+
+    def _done(self) -> float:
+        return self._progress.seconds if self._by_time else self._progress.update
+
+    def _show(self, per_teacher: dict[str, float]) -> None:
+        now = time.monotonic()
+        rate = 1.0 / max(now - self._last, 1e-9)
+        self._rate = rate if self._rate is None else 0.9 * self._rate + 0.1 * rate
+        self._last = now
+        for name, value in per_teacher.items():
+            self._smooth[name] = 0.9 * self._smooth.get(name, value) + 0.1 * value
+        losses = " ".join(f"{name} {value:.4f}" for name, value in self._smooth.items())
+        self._bar.update(
+            self._task, completed=self._done(), note=f"{self._progress.update} | {losses} | {self._rate:.2f}/s"
+        )

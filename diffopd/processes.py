@@ -1,0 +1,66 @@
+"""Several processes as one: who I am, and one reduction per update.
+
+Started by `torchrun`; without it there is one process. A wrapped (DDP) denoiser has no `.config` and breaks stock
+pipelines, so the raw module is kept and its gradients are summed once, after the round's last backward.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Processes:
+    """rank in [0, world)."""
+
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def rows(self, count: int) -> range:
+        """This process's share of `count` rows: contiguous, sizes differ by at most one."""
+        return range(self.rank * count // self.world, (self.rank + 1) * count // self.world)
+
+    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Sum gradients over processes in one reduction; a missing gradient counts as zero."""
+        if self.world == 1:
+            return
+        held = list(parameters)
+        flat = torch.cat([(p.grad if p.grad is not None else torch.zeros_like(p)).flatten() for p in held])
+        dist.all_reduce(flat)
+        for parameter, part in zip(held, flat.split([p.numel() for p in held]), strict=True):
+            parameter.grad = part.view_as(parameter).clone()
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum of a tensor over processes."""
+        if self.world > 1:
+            dist.all_reduce(value)
+        return value
+
+    def agree(self, value: bool) -> bool:
+        """True on all processes if it is True on any."""
+        return bool(self.sum(torch.tensor(float(value))).item() > 0) if self.world > 1 else value
+
+    def wait(self) -> None:
+        """Until every process is here."""
+        if self.world > 1:
+            dist.barrier()
+
+
+def join_processes() -> Processes:
+    """Join the group that `torchrun` describes in the environment, or be alone."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        return Processes()
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    return Processes(dist.get_rank(), world)

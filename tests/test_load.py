@@ -1,0 +1,95 @@
+"""Weights arrive whole or not at all."""
+
+import shutil
+
+import pytest
+import tiny
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from diffopd.adapters import adapter_parameters
+from diffopd.errors import UserError
+from diffopd.load import load_full_denoiser, load_lora, load_pipeline
+from diffopd.teacher import teacher_card
+
+
+@pytest.fixture
+def copied(tiny_teacher, tmp_path):
+    """A copy of the teacher's folder and its file; the card's hash is dropped so that the file may change."""
+    folder = tmp_path / "dots"
+    shutil.copytree(tiny_teacher, folder)
+    lines = (folder / "teacher.toml").read_text().splitlines()
+    (folder / "teacher.toml").write_text("\n".join(line for line in lines if not line.startswith("sha256")) + "\n")
+    return folder, folder / "pytorch_lora_weights.safetensors"
+
+
+def rewrite(file, change):
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    save_file(change(load_file(file)), file, metadata=metadata)
+
+
+def latents_of(pipeline):
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    told = {"num_inference_steps": 2, "guidance_scale": 2.0, "output_type": "latent"}
+    return pipeline(prompt="a dot", latents=noise, **told).images
+
+
+def test_a_teachers_lora_changes_the_pipeline_as_diffusers_own_loading_does(tiny_sd, tiny_teacher):
+    card = teacher_card(str(tiny_teacher), tiny_teacher)
+    ours, theirs = load_pipeline(str(tiny_sd)), tiny.load_pipeline(tiny_sd)
+    plain = latents_of(ours)
+    load_lora(ours, card, "dots")
+    theirs.load_lora_weights(str(tiny_teacher))
+    assert torch.equal(latents_of(ours), latents_of(theirs))
+    assert not torch.equal(latents_of(ours), plain)
+
+
+def test_lora_alpha_of_the_file_is_honoured_and_the_adapter_is_frozen(tiny_sd, tiny_teacher):
+    pipeline = load_pipeline(str(tiny_sd))
+    load_lora(pipeline, teacher_card(str(tiny_teacher), tiny_teacher), "dots")
+    config = pipeline.unet.peft_config["dots"]
+    assert (config.r, config.lora_alpha) == (2, 4)
+    layer = pipeline.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q
+    assert layer.scaling["dots"] == 2.0
+    assert not any(p.requires_grad for p in adapter_parameters(pipeline.unet, "dots").values())
+
+
+def test_a_file_without_the_denoisers_prefix_is_refused_instead_of_doing_nothing(tiny_sd, copied):
+    folder, file = copied
+    rewrite(file, lambda tensors: {key.removeprefix("unet."): value for key, value in tensors.items()})
+    with pytest.raises(UserError, match="used on the unet|does not fit"):
+        load_lora(load_pipeline(str(tiny_sd)), teacher_card(str(folder), folder), "dots")
+
+
+def test_an_unused_tensor_is_refused(tiny_sd, copied):
+    folder, file = copied
+    rewrite(file, lambda tensors: tensors | {"unet.nowhere.to_q.lora_A.weight": torch.zeros(2, 2)})
+    with pytest.raises(UserError, match="used on the unet|does not fit"):
+        load_lora(load_pipeline(str(tiny_sd)), teacher_card(str(folder), folder), "dots")
+
+
+def test_a_lora_of_another_width_is_refused(tiny_sd, copied):
+    folder, file = copied
+    rewrite(file, lambda tensors: {key: torch.cat([value, value]) for key, value in tensors.items()})
+    with pytest.raises(UserError, match="does not fit the base"):
+        load_lora(load_pipeline(str(tiny_sd)), teacher_card(str(folder), folder), "dots")
+
+
+def test_a_full_teacher_is_its_own_denoiser(tiny_sd, tmp_path):
+    folder = tiny.write_teacher(tmp_path / "whole", tiny_sd, form="full", seed=9)
+    base = load_pipeline(str(tiny_sd))
+    own = load_full_denoiser(base, teacher_card(str(folder), folder))
+    expected = tiny.build_pipeline(seed=9).unet.state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in own.state_dict().items())
+
+
+def test_pickled_weights_are_never_loaded(tiny_sd, tmp_path):
+    folder = tmp_path / "pickled"
+    shutil.copytree(tiny_sd, folder)
+    tensors = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+    (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    torch.save(tensors, folder / "unet" / "diffusion_pytorch_model.bin")
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_pipeline(str(folder))
