@@ -1,0 +1,314 @@
+"""Scores of base, teachers and student on the same held-out prompts with the same seeds.
+
+Every model is asked for every task, at its own settings. Scores of shipped references (base and teachers) come from
+their cards when the hashes of the weights are those of the card; `everything` measures them again.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import Progress
+
+from diffopd import noise
+from diffopd.adapters import AdapterSwitch, freeze
+from diffopd.assemble import student_arguments, with_denoiser, with_scheduler
+from diffopd.data import PromptRow, read_prompts
+from diffopd.drive import Call, denoiser_of, shell, survey
+from diffopd.load import load_full_denoiser, load_lora, load_pipeline, student_pipeline
+from diffopd.metrics import bootstrap_interval, diversity, ratio_interval
+from diffopd.recipe import Recipe
+from diffopd.run_folder import RunFolder, atomic_write
+from diffopd.teacher import TeacherCard, load_reward, teacher_card, weights_sha256
+
+EVALUATION = 2**31 + 16  # noise key: no update of a run ever has this number
+GRID_PICTURES = 6
+DIVERSITY_PICTURES = 64
+CARD_SCORES = "scores.json"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A model at one setting: what it is called, how it is called, which adapter must hold."""
+
+    model: str
+    call: Call
+    num_inference_steps: int
+    guidance_scale: float
+
+    @property
+    def key(self) -> tuple[str, int, float]:
+        """Model and setting."""
+        return self.model, self.num_inference_steps, self.guidance_scale
+
+
+@dataclass(frozen=True)
+class Task:
+    """A teacher's task: its held-out rows and its reward."""
+
+    name: str
+    rows: list[PromptRow]
+    reward: Callable[..., Any]
+
+
+@dataclass
+class Result:
+    """One contender on one task. scores: one per prompt, seeds averaged."""
+
+    contender: tuple[str, int, float]
+    task: str
+    scores: list[float]
+    diversity: float
+    seconds: float
+    source: str = "measured"
+    per_seed: list[float] = field(default_factory=list)
+
+
+def evaluate_run(run_dir: Path, *, everything: bool = False) -> Path:
+    """Write evaluation/scores.json, prompts.jsonl and the grid pictures of a run; returns scores.json.
+
+    Raises UserError for a folder without a run or a run without a checkpoint.
+    """
+    folder = RunFolder.open(run_dir)
+    recipe = folder.recipe()
+    cards = [teacher_card(settings.name, recipe.path) for settings in recipe.teachers]
+    tasks = tasks_of(cards, recipe.evaluate.num_prompts)
+    references = reference_contenders(recipe, cards) if recipe.evaluate.teachers else []
+    student = student_contender(recipe, student_pipeline(folder.path))
+    known = {} if everything else card_results(recipe, cards, tasks)
+    wanted = [(c, t) for c in (*references, student) for t in tasks if (c.key, t.name) not in known]
+    results = list(known.values()) + measure(wanted, recipe)
+    target = folder.path / "evaluation"
+    _draw_grid(target, references, student, tasks, cards, recipe)
+    return _write(target, results, recipe, cards)
+
+
+def tasks_of(cards: list[TeacherCard], num_prompts: int) -> list[Task]:
+    """The first `num_prompts` held-out rows of each teacher's task."""
+    return [
+        Task(card.name, read_prompts(card.prompts.test)[:num_prompts], load_reward(card.reward, card.folder))
+        for card in cards
+    ]
+
+
+def reference_contenders(recipe: Recipe, cards: list[TeacherCard]) -> list[Contender]:
+    """The base at several guidance scales, each teacher at its own steps and at the student's."""
+    base = with_scheduler(load_pipeline(recipe.student.pretrained_model_name_or_path), recipe)
+    freeze(base)
+    pipelines = {}
+    for card in cards:
+        if card.form == "lora":
+            load_lora(base, card, adapter_name=card.name)
+        pipelines[card.name] = with_denoiser(base, load_full_denoiser(base, card)) if card.form == "full" else base
+    switch = AdapterSwitch(denoiser_of(base))
+    steps = max(card.num_inference_steps for card in cards)
+    told = {**recipe.student.call}
+    found = [
+        Contender("base", Call(shell(base), told, lambda: switch.bound(None)), steps, scale)
+        for scale in recipe.evaluate.guidance_scales
+    ]
+    for settings, card in zip(recipe.teachers, cards, strict=True):
+        if card.form in ("base", "ema"):  # the base is there already; an average of the student is not a reference
+            continue
+        scale = settings.guidance_scale if settings.guidance_scale is not None else card.guidance_scale
+        binding = _bound(switch, card)
+        call = Call(shell(pipelines[card.name]), {**settings.call}, binding)
+        for count in dict.fromkeys((card.num_inference_steps, recipe.student.num_inference_steps)):
+            found.append(Contender(f"teacher:{card.name}", call, count, scale))
+    return found
+
+
+def _bound(switch: AdapterSwitch, card: TeacherCard) -> Callable[[], AbstractContextManager]:
+    if card.form == "full":
+        return nullcontext
+    return lambda: switch.bound(card.name)
+
+
+def student_contender(recipe: Recipe, pipeline: Any) -> Contender:
+    """The student as it is deployed."""
+    told = {k: v for k, v in student_arguments(recipe).items() if k != "output_type"}
+    return Contender("student", Call(pipeline, told), recipe.student.num_inference_steps, recipe.student.guidance_scale)
+
+
+def pictures(contender: Contender, rows: list[PromptRow], task: str, seed: int, batch_size: int) -> Iterator[list[Any]]:
+    """Batches of PIL images of `rows`; the latents depend on (seed, task, row) alone, not on the model."""
+    call = contender.call.told(
+        num_inference_steps=contender.num_inference_steps, guidance_scale=contender.guidance_scale
+    )
+    shape = survey(call.told(prompt=[rows[0].prompt], output_type="latent")).shape
+    for start in range(0, len(rows), batch_size):
+        part = rows[start : start + batch_size]
+        latents = noise.draw(
+            shape,
+            run_seed=seed,
+            update=EVALUATION,
+            solver_step=noise.hash_of(task),
+            sample_indices=range(start, start + len(part)),
+        )
+        arguments = {**call.arguments, "prompt": [row.prompt for row in part], "latents": latents}
+        generator = torch.Generator().manual_seed(noise.hash_of(seed, task, start))
+        with torch.no_grad(), call.binding():
+            yield call.pipeline(**arguments, output_type="pil", generator=generator).images
+
+
+def measure(wanted: list[tuple[Contender, Task]], recipe: Recipe) -> list[Result]:
+    """Sample and score every pair of contender and task, with a progress bar."""
+    settings = recipe.evaluate
+    total = sum(len(task.rows) for _, task in wanted) * len(settings.seeds)
+    results = []
+    with Progress() as bar:
+        shown = bar.add_task("evaluate", total=total)
+        for contender, task in wanted:
+            bar.update(shown, description=f"evaluate {contender.model} on {task.name}")
+            results.append(_measure_one(contender, task, recipe, lambda count: bar.advance(shown, count)))
+    return results
+
+
+def _measure_one(contender: Contender, task: Task, recipe: Recipe, advance: Callable[[int], None]) -> Result:
+    settings, began, kept = recipe.evaluate, time.monotonic(), []
+    scores = np.zeros((len(settings.seeds), len(task.rows)))
+    for number, seed in enumerate(settings.seeds):
+        place = 0
+        for images in pictures(contender, task.rows, task.name, seed, settings.batch_size):
+            part = task.rows[place : place + len(images)]
+            given = task.reward(images, [row.prompt for row in part], [row.metadata for row in part])
+            scores[number, place : place + len(images)] = np.asarray(given, dtype=np.float64)
+            kept += images[: max(0, DIVERSITY_PICTURES - len(kept))]
+            place += len(images)
+            advance(len(images))
+    return Result(
+        contender.key,
+        task.name,
+        scores.mean(0).tolist(),
+        diversity(kept),
+        time.monotonic() - began,
+        per_seed=scores.mean(1).tolist(),
+    )
+
+
+def base_sha256(recipe: Recipe) -> str:
+    """The hash of the base's denoiser weights."""
+    from diffopd.locate import find_pipeline
+
+    folder = find_pipeline(recipe.student.pretrained_model_name_or_path)
+    return weights_sha256(folder / ("unet" if (folder / "unet").is_dir() else "transformer"))
+
+
+def card_results(
+    recipe: Recipe, cards: list[TeacherCard], tasks: list[Task]
+) -> dict[tuple[tuple[str, int, float], str], Result]:
+    """What the cards say of exactly these weights, prompts and seeds; anything else is left to be measured."""
+    known = {}
+    base = base_sha256(recipe)
+    counts = {task.name: len(task.rows) for task in tasks}
+    for card in cards:
+        file = card.folder / CARD_SCORES
+        if not file.is_file():
+            continue
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        if stored["base_sha256"] != base or stored["weights_sha256"] != card.digest():
+            continue
+        for row in stored["rows"]:
+            fits = row["task"] in counts and row["seeds"] == recipe.evaluate.seeds
+            if not fits or len(row["scores"]) < counts[row["task"]]:
+                continue
+            contender = row["model"], row["num_inference_steps"], row["guidance_scale"]
+            scores = row["scores"][: counts[row["task"]]]
+            found = Result(contender, row["task"], scores, row["diversity"], row["seconds"], "card")
+            known[contender, row["task"]] = found
+    return known
+
+
+def _draw_grid(
+    target: Path,
+    references: list[Contender],
+    student: Contender,
+    tasks: list[Task],
+    cards: list[TeacherCard],
+    recipe: Recipe,
+) -> None:
+    """A few pictures of each task by base, its teacher and student: same prompts, same seeds."""
+    index = []
+    base = next((c for c in references if c.model == "base"), None)
+    for task, card in zip(tasks, cards, strict=True):
+        teacher = next((c for c in references if c.model == f"teacher:{card.name}"), None)
+        rows = task.rows[:GRID_PICTURES]
+        entries = [{"task": task.name, "prompt": row.prompt, "index": i, "models": {}} for i, row in enumerate(rows)]
+        for contender in (base, teacher, student):
+            if contender is None:
+                continue
+            name = contender.model.replace(":", "-")
+            (target / "grid" / name).mkdir(parents=True, exist_ok=True)
+            images = next(pictures(contender, rows, task.name, recipe.evaluate.seeds[0], GRID_PICTURES))
+            scores = task.reward(images, [row.prompt for row in rows], [row.metadata for row in rows])
+            for entry, image, score in zip(entries, images, scores, strict=True):
+                file = f"grid/{name}/{task.name}-{entry['index']}.png"
+                image.save(target / file)
+                entry["models"][name] = {"file": file, "score": float(score)}
+        index += entries
+    atomic_write(target / "grid" / "index.json", json.dumps(index, indent=1))
+
+
+def _write(target: Path, results: list[Result], recipe: Recipe, cards: list[TeacherCard]) -> Path:
+    lines = []
+    for result in results:
+        model, steps, scale = result.contender
+        for number, score in enumerate(result.scores):
+            row = {"model": model, "task": result.task, "prompt": number, "steps": steps, "guidance_scale": scale}
+            lines.append(json.dumps(row | {"score": round(score, 6)}))
+    atomic_write(target / "prompts.jsonl", "\n".join(lines) + "\n")
+    settings = recipe.evaluate
+    rows = [result_row(result, len(result.scores), settings.seeds) for result in results]
+    _mark_best_guidance(rows)
+    _add_ratios(rows, results, cards)
+    return atomic_write(
+        target / "scores.json", json.dumps({"settings": settings.model_dump(mode="json"), "rows": rows}, indent=1)
+    )
+
+
+def result_row(result: Result, num_prompts: int, seeds: list[int]) -> dict[str, Any]:
+    """A result as scores.json holds it."""
+    model, steps, scale = result.contender
+    low, high = bootstrap_interval(result.scores)
+    return {
+        "model": model,
+        "task": result.task,
+        "num_inference_steps": steps,
+        "guidance_scale": scale,
+        "score": float(np.mean(result.scores)),
+        "interval": [low, high],
+        "per_seed": result.per_seed,
+        "diversity": result.diversity,
+        "num_prompts": num_prompts,
+        "seeds": seeds,
+        "seconds": result.seconds,
+        "source": result.source,
+    }
+
+
+def _mark_best_guidance(rows: list[dict[str, Any]]) -> None:
+    for task in {row["task"] for row in rows}:
+        of_base = [row for row in rows if row["model"] == "base" and row["task"] == task]
+        if of_base:
+            max(of_base, key=lambda row: row["score"])["is_best_guidance"] = True
+
+
+def _add_ratios(rows: list[dict[str, Any]], results: list[Result], cards: list[TeacherCard]) -> None:
+    """On each teacher's own task: everyone's score over that teacher's at its own steps, paired by prompt."""
+    for card in cards:
+        own = [r for r in results if r.contender[0] == f"teacher:{card.name}" and r.task == card.name]
+        reference = max(own, key=lambda r: r.contender[1], default=None)
+        if reference is None or not np.mean(reference.scores):
+            continue
+        for row, result in zip(rows, results, strict=True):
+            if result.task == card.name and result is not reference:
+                value, low, high = ratio_interval(result.scores, reference.scores)
+                row["ratio"] = {"to": f"teacher:{card.name}", "value": value, "interval": [low, high]}
