@@ -1,0 +1,180 @@
+"""What a pipeline folder is, from its configs and safetensors headers alone: no weight is read.
+
+Sizes that depend on the architecture are measured on the meta device, where tensors have shapes but no data.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffopd.errors import UserError
+from diffopd.locate import find_pipeline
+
+if TYPE_CHECKING:
+    from torch import nn
+
+CONFIG_PATTERNS = ["*.json", "*/*.json", "*/*.txt"]
+BYTES = 4  # of a float32
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """A pipeline folder: its class, and the config of every component (component name -> config)."""
+
+    folder: Path
+    pipeline_class: str
+    configs: dict[str, dict[str, Any]]
+
+    @property
+    def denoiser(self) -> str:
+        """ "unet" or "transformer"."""
+        return "unet" if "unet" in self.configs else "transformer"
+
+    @property
+    def denoiser_config(self) -> dict[str, Any]:
+        """The denoiser's config."""
+        return self.configs[self.denoiser]
+
+    @cached_property
+    def meta_denoiser(self) -> nn.Module:
+        """The denoiser's modules with shapes and no data."""
+        return build_on_meta(self.denoiser_config)
+
+    def num_parameters(self) -> int:
+        """Parameters of the denoiser."""
+        return sum(parameter.numel() for parameter in self.meta_denoiser.parameters())
+
+    def weight_files(self) -> dict[str, list[Path]]:
+        """component -> its .safetensors files, for components that have any."""
+        found = {name: sorted((self.folder / name).glob("*.safetensors")) for name in self.configs}
+        return {name: files for name, files in found.items() if files}
+
+
+def read_blueprint(name: str) -> Blueprint:
+    """The blueprint of a base by shelf name, path or hub id (of which only the configs are downloaded).
+
+    Raises UserError for a folder without model_index.json, with broken JSON, or without a denoiser.
+    """
+    folder = find_pipeline(name, patterns=CONFIG_PATTERNS)
+    index = read_json(folder / "model_index.json")
+    configs = {}
+    for component, value in index.items():
+        if component.startswith("_") or not isinstance(value, list) or value[0] is None:
+            continue
+        for file in ("config.json", "scheduler_config.json"):
+            if (folder / component / file).is_file():
+                configs[component] = read_json(folder / component / file)
+    if not {"unet", "transformer"} & set(configs):
+        raise UserError(f"{folder}: the pipeline has no unet and no transformer with a config.json. Save it anew.")
+    kind = index.get("_class_name")
+    return Blueprint(folder, kind[-1] if isinstance(kind, list) else str(kind), configs)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises UserError naming file and line."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}). Save the pipeline anew.") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg}). Save the pipeline anew.") from error
+
+
+def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the tensors of a .safetensors file, from its header. Raises UserError for others."""
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+        text = file.read(length) if 0 < length <= path.stat().st_size else b""
+    try:
+        header = json.loads(text)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: is not a safetensors file (its header is broken). Save or copy it anew.") from error
+    return {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+
+
+def num_values(path: Path) -> int:
+    """How many numbers a .safetensors file holds."""
+    return sum(math.prod(shape) for shape in tensor_shapes(path).values())
+
+
+def build_on_meta(config: dict[str, Any]) -> nn.Module:
+    """A diffusers model of this config on the meta device, frozen. Raises UserError for an unknown class."""
+    import diffusers
+    from accelerate import init_empty_weights
+
+    name = config.get("_class_name", "")
+    kind = getattr(diffusers, name, None)
+    if kind is None:
+        raise UserError(f"denoiser class {name!r} is not one of the installed diffusers ({diffusers.__version__}).")
+    with init_empty_weights(include_buffers=True):
+        return kind.from_config(config).requires_grad_(False)
+
+
+def lora_shapes(path: Path, denoiser: str) -> dict[str, tuple[int, int]]:
+    """Module -> (inputs, outputs) of an adapter's layers for `denoiser`; empty for a layout not read here."""
+    shapes, found = tensor_shapes(path), {}
+    for name, shape in shapes.items():
+        if name.startswith(f"{denoiser}.") and name.endswith(".lora_A.weight"):
+            module = name.removeprefix(f"{denoiser}.").removesuffix(".lora_A.weight")
+            outputs = shapes.get(name.replace(".lora_A.", ".lora_B."), (0,))
+            found[module] = (shape[1], outputs[0])
+    return found
+
+
+def misfit(path: Path, blueprint: Blueprint) -> str | None:
+    """Why a LoRA file does not fit the base, None where it does or where its layout is left to the loader."""
+    other = "transformer" if blueprint.denoiser == "unet" else "unet"
+    layers = lora_shapes(path, blueprint.denoiser)
+    if not layers and lora_shapes(path, other):
+        return f"its layers are for a {other}, the base has a {blueprint.denoiser}"
+    for name, (inputs, outputs) in layers.items():
+        weight = dict(blueprint.meta_denoiser.named_parameters()).get(f"{name}.weight")
+        if weight is None:
+            return f"its layer {name} does not exist in the base's {blueprint.denoiser}"
+        if (weight.shape[1], weight.shape[0]) != (inputs, outputs):
+            expected = f"{weight.shape[1]} -> {weight.shape[0]}"
+            return f"its layer {name} is {inputs} -> {outputs}, the base's is {expected}"
+    return None
+
+
+def add_lora_on_meta(denoiser: nn.Module, rank: int, targets: list[str] | str) -> int:
+    """Put an adapter on a meta denoiser; returns its parameter count. ValueError when nothing matches."""
+    from accelerate import init_empty_weights
+    from peft import LoraConfig
+
+    with init_empty_weights(include_buffers=True):
+        denoiser.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets), adapter_name="student")
+    return sum(p.numel() for name, p in denoiser.named_parameters() if ".lora_" in name)
+
+
+def graph_bytes(unet: nn.Module, batch_size: int, tokens: int) -> int:
+    """Bytes that autograd keeps for one forward of a meta UNet2DConditionModel, weights aside."""
+    import torch
+
+    own = {parameter.untyped_storage()._cdata for parameter in unet.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()._cdata
+        if storage not in own:
+            kept[storage] = tensor  # held, so that no later storage takes its address
+        return tensor
+
+    config = unet.config
+    size = config.sample_size if isinstance(config.sample_size, (list, tuple)) else (config.sample_size,) * 2
+    empty: Callable[..., torch.Tensor] = lambda *shape: torch.zeros(*shape, device="meta")  # noqa: E731
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        unet(
+            empty(batch_size, config.in_channels, *size),
+            torch.tensor(1, device="meta"),
+            empty(batch_size, tokens, config.cross_attention_dim),
+        )
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())

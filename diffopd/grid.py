@@ -1,0 +1,210 @@
+"""The student's walk before any weight is loaded: scheduler, grid, solver and objective fit each other."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+from diffopd.blueprint import Blueprint
+from diffopd.errors import UserError, suggestion
+from diffopd.recipe import Recipe
+
+# Schedulers whose own step draws noise, whatever their settings.
+STOCHASTIC = ("DDPMScheduler", "LCMScheduler", "EulerAncestralDiscreteScheduler")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Timesteps of the walk, one per call of `scheduler.step`, and the noise level in [0, 1] of each."""
+
+    timesteps: tuple[float, ...]
+    sigmas: tuple[float, ...]
+
+
+def make_scheduler(recipe: Recipe, base: Blueprint) -> Any:
+    """The scheduler with the recipe's override. Raises UserError for a wrong class, key or value."""
+    import diffusers
+
+    config = base.configs.get("scheduler", {})
+    override = dict(recipe.student.scheduler)
+    name = override.pop("class", config.get("_class_name", ""))
+    place = recipe.place("student", "scheduler")
+    kind = getattr(diffusers, name, None)
+    if kind is None or not name.endswith("Scheduler"):
+        known = [known for known in dir(diffusers) if known.endswith("Scheduler")]
+        near = suggestion(name, known).split(" Known:")[0]
+        raise UserError(f"{place}: diffusers has no scheduler class {name!r}.{near} Name one of diffusers' classes.")
+    keys = [key for key in inspect.signature(kind.__init__).parameters if key != "self"]
+    for key in override:
+        if key not in keys:
+            where = recipe.place("student", "scheduler", key)
+            raise UserError(f"{where}: {name} has no setting {key!r}.{suggestion(key, keys)}")
+    try:
+        return kind.from_config(config, **override)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise UserError(f"{place}: {name} refuses its settings: {error}. Correct student.scheduler.") from error
+
+
+def path_name(scheduler: Any) -> str:
+    """ "flow" or "vp": the path that a scheduler walks."""
+    is_vp = hasattr(scheduler, "alphas_cumprod") and not getattr(scheduler.config, "use_flow_sigmas", False)
+    return "vp" if is_vp else "flow"
+
+
+def grid_of(recipe: Recipe, scheduler: Any, num_inference_steps: int) -> Grid | None:
+    """The grid of a walk of so many steps, None where only the pipeline itself decides it.
+
+    Raises UserError for a number of steps that the scheduler refuses.
+    """
+    explicit = {key: recipe.student.call[key] for key in ("timesteps", "sigmas") if key in recipe.student.call}
+    if explicit or path_name(scheduler) == "flow":
+        return None
+    try:
+        scheduler.set_timesteps(num_inference_steps)
+    except ValueError as error:
+        raise UserError(
+            f"{recipe.place('student', 'num_inference_steps')}: {type(scheduler).__name__} refuses "
+            f"{num_inference_steps} steps: {error}"
+        ) from error
+    timesteps = tuple(float(t) for t in scheduler.timesteps)
+    levels = [max(0.0, 1.0 - float(scheduler.alphas_cumprod[int(t)])) ** 0.5 for t in timesteps]
+    return Grid(timesteps, tuple(levels))
+
+
+def check_nesting(recipe: Recipe, scheduler: Any, grid: Grid) -> None:
+    """A teacher that takes m substeps must stand at every state of the student. UserError otherwise."""
+    steps, many = recipe.student.num_inference_steps, recipe.objective.substeps
+    place = recipe.place("objective", "substeps")
+    if len(grid.timesteps) != steps:
+        raise UserError(
+            f"{place}: {type(scheduler).__name__} calls its step {len(grid.timesteps)} times for {steps} "
+            "steps, and substeps need one call a step. Take another scheduler or substeps = 1."
+        )
+    fine = grid_of(recipe, scheduler, steps * many)
+    missed = [t for i, t in enumerate(grid.timesteps) if abs(fine.timesteps[i * many] - t) > 1e-3]
+    if missed:
+        raise UserError(
+            f"{place}: the teacher's grid of {steps} x {many} = {steps * many} steps does not contain the "
+            f"student's timestep {missed[0]:g} (student: {_shown(grid.timesteps)}; teacher: "
+            f'{_shown(fine.timesteps[::many])} at its anchors). Set student.scheduler.timestep_spacing = "trailing", '
+            f"with a number of steps that divides {scheduler.config.num_train_timesteps}, or substeps = 1."
+        )
+
+
+def _shown(timesteps: tuple[float, ...]) -> str:
+    return ", ".join(f"{t:g}" for t in timesteps)
+
+
+def check_walk(recipe: Recipe, base: Blueprint) -> Grid | None:
+    """Scheduler, grid, solver and objective fit each other and the settings that count steps.
+
+    Returns the student's grid, None where only the pipeline decides it. Raises UserError for what does not fit.
+    """
+    scheduler = make_scheduler(recipe, base)
+    grid = grid_of(recipe, scheduler, recipe.student.num_inference_steps)
+    visits = len(grid.timesteps) if grid else recipe.student.num_inference_steps
+    _check_step_settings(recipe, visits)
+    _check_solver(recipe, scheduler)
+    _check_noise(recipe, scheduler, visits)
+    if grid:
+        _check_first_state(recipe, scheduler, grid)
+        if recipe.objective.substeps > 1:
+            check_nesting(recipe, scheduler, grid)
+    return grid
+
+
+def _check_step_settings(recipe: Recipe, visits: int) -> None:
+    objective = recipe.objective
+    if objective.step_weights and len(objective.step_weights) != visits:
+        raise UserError(
+            f"{recipe.place('objective', 'step_weights')}: {len(objective.step_weights)} weights for {visits} "
+            "steps. Give one weight per step."
+        )
+    if isinstance(objective.query, dict) and max(objective.query.get("indices", [0])) >= visits:
+        raise UserError(
+            f"{recipe.place('objective', 'query')}: the walk has steps 0 to {visits - 1}, the query names step "
+            f"{max(objective.query['indices'])}. Name existing steps."
+        )
+
+
+def _check_solver(recipe: Recipe, scheduler: Any) -> None:
+    """The scheduler can be driven, and the named solvers exist on its path."""
+    from diffopd.path import PATHS
+    from diffopd.schedulers import family_of
+    from diffopd.solver import get_solver
+
+    student, objective = recipe.student, recipe.objective
+    try:
+        family_of(scheduler)
+    except ValueError as error:
+        raise UserError(f"{recipe.place('student', 'scheduler')}: {error}") from error
+    named = [("student", "solver", student.solver, student.noise_level)]
+    named += [("objective", "substep_solver", objective.substep_solver, 0.0)] if objective.substeps > 1 else []
+    for section, key, name, noise_level in named:
+        if name in ("native", "auto"):
+            continue
+        try:
+            get_solver(name, PATHS[path_name(scheduler)], noise_level)
+        except ValueError as error:
+            raise UserError(f"{recipe.place(section, key)}: {section}.{key} = {name!r}: {error}") from error
+
+
+def _check_noise(recipe: Recipe, scheduler: Any, visits: int) -> None:
+    """An objective that divides by the std of a step needs steps that have one."""
+    from diffopd.objective import OBJECTIVES
+
+    student, objective = recipe.student, recipe.objective
+    if not OBJECTIVES[objective.name].needs_std:
+        return
+    place = f"{recipe.place('objective', 'name')}: objective {objective.name!r}"
+    if not _draws_noise(recipe, scheduler):
+        named = f"solver {student.solver!r} with noise_level = {student.noise_level:g}"
+        what = type(scheduler).__name__ if student.solver == "native" else named
+        raise UserError(
+            f"{place} compares distributions, but {what} draws no noise (std 0). Take objective "
+            '"mean", or a stochastic solver (ddim, flow_sde, dance_sde) with noise_level above 0.'
+        )
+    ends_still = student.solver in ("native", "ddim", "lcm")
+    if ends_still and objective.final_step is None and _asks_at(objective.query, visits - 1, visits):
+        raise UserError(
+            f"{place} is undefined at the last step, which draws no noise (std 0). Set final_step = "
+            '"mean" or "skip", or a query without the last step.'
+        )
+
+
+def _draws_noise(recipe: Recipe, scheduler: Any) -> bool:
+    """Whether the steps of the student's walk draw noise."""
+    from diffopd.solver import SOLVERS
+
+    if recipe.student.solver != "native":
+        row = SOLVERS[recipe.student.solver]
+        return row.stochastic and bool(recipe.student.noise_level or not row.noise)
+    name = type(scheduler).__name__
+    is_sde = str(getattr(scheduler.config, "algorithm_type", "")).startswith("sde")
+    has_eta = name == "DDIMScheduler" and recipe.student.call.get("eta", 0.0) > 0
+    return is_sde or has_eta or name in STOCHASTIC
+
+
+def _asks_at(query: str | dict[str, Any], index: int, visits: int) -> bool:
+    """Whether a query may supervise this state."""
+    from diffopd.query import supervised_states
+
+    return query == "one_low_noise" or index in supervised_states(query, visits, seed=(0,))
+
+
+def _check_first_state(recipe: Recipe, scheduler: Any, grid: Grid) -> None:
+    """At sigma = 1 on the variance-preserving path alpha is 0: the noise is known, the picture is not."""
+    if grid.sigmas[0] < 1.0 - 1e-7:
+        return
+    if scheduler.config.prediction_type == "epsilon":
+        raise UserError(
+            f"{recipe.place('student', 'scheduler')}: the walk starts at alpha = 0 (zero SNR), where a prediction "
+            "of the noise says nothing about the picture. Set rescale_betas_zero_snr = false, or take a "
+            "v-prediction base."
+        )
+    if recipe.objective.name == "noise" and _asks_at(recipe.objective.query, 0, len(grid.timesteps)):
+        raise UserError(
+            f"{recipe.place('objective', 'name')}: objective 'noise' is undefined at the first step, where "
+            'alpha = 0 (zero SNR). Take "velocity" or "mean", or a query without step 0.'
+        )

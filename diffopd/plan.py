@@ -1,0 +1,232 @@
+"""What `--dry-run` prints: what is trained, on which grid, at which cost; no weights are loaded."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from diffopd.blueprint import BYTES, Blueprint, add_lora_on_meta, graph_bytes, num_values
+from diffopd.errors import UserError
+from diffopd.grid import Grid
+from diffopd.preflight import Parts
+from diffopd.recipe import Recipe
+from diffopd.teacher import weight_files
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+QUERY_DRAWS = 256  # draws over which the cost of a random query is averaged
+
+
+@dataclass(frozen=True)
+class TeacherPlan:
+    """One teacher: its guidance, denoiser evaluations per picture of a walk, prompts, share."""
+
+    name: str
+    form: str
+    guidance_scale: float
+    evaluations: float
+    train_prompts: int
+    test_prompts: int
+    share: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The resolved plan. Evaluations are denoiser forwards per picture of one walk; guidance counts double.
+
+    memory: bytes per item, float32; its graph entry is absent for denoisers that cannot be measured.
+    """
+
+    recipe: Recipe
+    pipeline_class: str
+    scheduler: str
+    grid: Grid | None
+    num_trained: int
+    num_parameters: int
+    student_evaluations: float
+    teachers: tuple[TeacherPlan, ...]
+    pictures_per_update: int
+    memory: dict[str, int]
+
+    @property
+    def evaluations_per_update(self) -> tuple[float, float]:
+        """Denoiser evaluations (pictures x forwards) of student and teachers in one update."""
+        teachers = sum(teacher.share * teacher.evaluations for teacher in self.teachers)
+        return self.pictures_per_update * self.student_evaluations, self.pictures_per_update * teachers
+
+
+def make_plan(parts: Parts) -> Plan:
+    """The plan of a checked recipe. Raises UserError for LoRA targets that match nothing."""
+    recipe, base = parts.recipe, parts.base
+    visits = len(parts.grid.timesteps) if parts.grid else recipe.student.num_inference_steps
+    walked, asked = visited(recipe, visits)
+    total = sum(teacher.weight for teacher in recipe.teachers)
+    teachers = []
+    for settings, card in zip(recipe.teachers, parts.cards, strict=True):
+        guidance = card.guidance_scale if settings.guidance_scale is None else settings.guidance_scale
+        cost = asked * recipe.objective.substeps * forwards(base, guidance)
+        rows = len(parts.train_rows[card.name]), len(parts.test_rows[card.name])
+        teachers.append(TeacherPlan(card.name, card.form, guidance, cost, *rows, settings.weight / total))
+    train = recipe.train
+    tasks = len(recipe.teachers) if train.tasks_per_update == "all" else train.tasks_per_update
+    trained, memory = _sizes(parts)
+    return Plan(
+        recipe=recipe,
+        pipeline_class=base.pipeline_class,
+        scheduler=recipe.student.scheduler.get("class", base.configs["scheduler"]["_class_name"]),
+        grid=parts.grid,
+        num_trained=trained,
+        num_parameters=base.num_parameters(),
+        student_evaluations=walked * forwards(base, recipe.student.guidance_scale),
+        teachers=tuple(teachers),
+        pictures_per_update=tasks * train.batch_size * train.gradient_accumulation_steps,
+        memory=memory,
+    )
+
+
+def forwards(base: Blueprint, guidance_scale: float) -> int:
+    """Denoiser evaluations per picture and state: 2 under classifier-free guidance."""
+    config = base.denoiser_config
+    if config.get("guidance_embeds") or config.get("time_cond_proj_dim"):  # guidance is an input there
+        return 1
+    threshold = 0.0 if base.pipeline_class.startswith("ZImage") else 1.0
+    return 2 if guidance_scale > threshold else 1
+
+
+def visited(recipe: Recipe, visits: int) -> tuple[float, float]:
+    """(states the student is evaluated at, states the teacher is asked at) per walk, means over draws."""
+    from diffopd.query import supervised_states
+
+    draws = [
+        tuple(supervised_states(recipe.objective.query, visits, seed=(recipe.seed, update, 0)))
+        for update in range(QUERY_DRAWS)
+    ]
+    walked = sum(max(indices) + 1 for indices in draws) / len(draws)
+    return walked, sum(map(len, draws)) / len(draws)
+
+
+def _sizes(parts: Parts) -> tuple[int, dict[str, int]]:
+    """(trained parameters, bytes per item of memory)."""
+    recipe, base = parts.recipe, parts.base
+    student = recipe.student
+    trunk = base.num_parameters()
+    files = base.weight_files()
+    others = sum(num_values(file) for name, held in files.items() if name != base.denoiser for file in held)
+    denoiser = copy.deepcopy(base.meta_denoiser)
+    trained = trunk
+    if student.train == "full":
+        denoiser.requires_grad_(True)
+    else:
+        trained = _lora_size(parts, denoiser)
+    averages = int(recipe.train.ema_decay > 0) + sum(card.form == "ema" for card in parts.cards)
+    memory = {
+        "base denoiser": BYTES * trunk,
+        "its other components": BYTES * others,
+        "teachers": BYTES * sum(map(_teacher_size, parts.cards)),
+        "trained weights": BYTES * trained,
+        "gradients and AdamW": 3 * BYTES * trained,
+        "averages": BYTES * trained * averages,
+    }
+    graph = _graph(parts, denoiser)
+    memory |= {"graph of one state": graph} if graph is not None else {}
+    return trained, {name: size for name, size in memory.items() if size}
+
+
+def _lora_size(parts: Parts, denoiser: Any) -> int:
+    student = parts.recipe.student
+    try:
+        return add_lora_on_meta(denoiser, student.rank, student.target_modules)
+    except ValueError as error:
+        place = parts.recipe.place("student", "target_modules")
+        raise UserError(f"{place}: no layer of the base matches student.target_modules: {error}") from error
+
+
+def _teacher_size(card: Any) -> int:
+    if card.weights is None or card.hub_weights:
+        return 0
+    return sum(num_values(file) for file in weight_files(card.weights_path()))
+
+
+def _graph(parts: Parts, denoiser: Any) -> int | None:
+    """Measured for a UNet whose inputs are sample, timestep and text; None for all others."""
+    base, recipe = parts.base, parts.recipe
+    if base.denoiser_config.get("_class_name") != "UNet2DConditionModel" or denoiser.config.addition_embed_type:
+        return None
+    denoiser.train()
+    if recipe.train.gradient_checkpointing:
+        denoiser.enable_gradient_checkpointing()
+    rows = recipe.train.batch_size * forwards(base, recipe.student.guidance_scale)
+    tokens = base.configs.get("text_encoder", {}).get("max_position_embeddings", 77)
+    return graph_bytes(denoiser, rows, tokens)
+
+
+def render(plan: Plan) -> RenderableType:
+    """The plan as a person reads it."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    facts = Table(box=None, show_header=False, pad_edge=False)
+    facts.add_column(style="bold", no_wrap=True)
+    facts.add_column()
+    for name, value in _facts(plan):
+        facts.add_row(name, value)
+    teachers = Table("teacher", "form", "guidance", "evaluations", "prompts (train, test)", "share", box=None)
+    for teacher in plan.teachers:
+        prompts = f"{teacher.train_prompts}, {teacher.test_prompts}"
+        row = (f"{teacher.guidance_scale:g}", f"{teacher.evaluations:g}", prompts, f"{teacher.share:.2f}")
+        teachers.add_row(teacher.name, teacher.form, *row)
+    memory = Table(box=None, show_header=False, pad_edge=False)
+    for name, size in plan.memory.items():
+        memory.add_row(name, readable(size))
+    memory.add_row("sum", readable(sum(plan.memory.values())), style="bold")
+    title = f"Plan of {plan.recipe.name} ({plan.recipe.path})"
+    heading = "Memory, float32" + ("" if "graph of one state" in plan.memory else ", without activations")
+    return Group(Text(title, "bold"), facts, Text(""), teachers, Text(""), Text(heading, "bold"), memory)
+
+
+def _facts(plan: Plan) -> list[tuple[str, str]]:
+    student, objective, train = plan.recipe.student, plan.recipe.objective, plan.recipe.train
+    of_student, of_teachers = plan.evaluations_per_update
+    what = f"LoRA, rank {student.rank}, alpha {student.lora_alpha}" if student.train == "lora" else "all weights"
+    if student.init_weights:
+        what = f"LoRA that starts as {student.init_weights}"
+    guidance = "without guidance" if student.guidance_scale <= 1 else f"guidance {student.guidance_scale:g}"
+    substeps = f", teacher in {objective.substeps} substeps" if objective.substeps > 1 else ""
+    ends = [f"{train.max_train_steps} updates"] if train.max_train_steps else []
+    ends += [f"{train.max_train_seconds:g} s"] if train.max_train_seconds else []
+    ends += [f"{train.patience} checks without improvement"] if train.patience else []
+    return [
+        ("trained", f"{what}: {plan.num_trained:,} of {plan.num_parameters:,} denoiser parameters"),
+        ("base", f"{student.pretrained_model_name_or_path} ({plan.pipeline_class})"),
+        ("walk", f"{student.num_inference_steps} steps of {_solver(plan)}, {guidance}"),
+        ("timesteps", _numbers(plan.grid.timesteps if plan.grid else None, "g")),
+        ("sigmas", _numbers(plan.grid.sigmas if plan.grid else None, ".3f")),
+        ("objective", f"{objective.name}, query {objective.query}{substeps}, {objective.states} states"),
+        ("update", f"{plan.pictures_per_update} pictures a process, learning rate {train.learning_rate:g}"),
+        (
+            "evaluations",
+            f"student {of_student:g}, teachers {of_teachers:g} an update (student with backward)",
+        ),
+        ("ends after", " or ".join(ends)),
+        ("output_dir", plan.recipe.output_dir),
+    ]
+
+
+def _solver(plan: Plan) -> str:
+    student = plan.recipe.student
+    noise = f" (noise {student.noise_level:g})" if student.noise_level else ""
+    return plan.scheduler if student.solver == "native" else f"{student.solver}{noise} on the grid of {plan.scheduler}"
+
+
+def _numbers(values: tuple[float, ...] | None, form: str) -> str:
+    return "decided by the pipeline when it runs" if values is None else " ".join(f"{v:{form}}" for v in values)
+
+
+def readable(size: int) -> str:
+    """Bytes with a unit."""
+    power = min(4, int(math.log(max(size, 1), 1024)))
+    return f"{size / 1024**power:.1f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"

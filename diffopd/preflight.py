@@ -1,0 +1,257 @@
+"""Recipe-level checks: what can be known to be wrong before a weight is loaded, with its place."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffopd.blueprint import Blueprint, misfit, read_blueprint, read_json, tensor_shapes
+from diffopd.data import PromptRow, check_tasks, read_prompts
+from diffopd.errors import UserError, suggestion
+from diffopd.grid import Grid, check_walk
+from diffopd.recipe import Recipe
+from diffopd.teacher import (
+    TeacherCard,
+    hub_weights,
+    load_reward,
+    lora_file,
+    teacher_card,
+    weight_files,
+    weights_sha256,
+)
+
+# Config keys that decide whether one network can stand at another's states.
+STATE_KEYS = {
+    "denoiser": ("_class_name", "in_channels", "out_channels", "cross_attention_dim", "joint_attention_dim"),
+    "vae": ("_class_name", "latent_channels", "scaling_factor", "shift_factor", "block_out_channels"),
+    "scheduler": (
+        "num_train_timesteps",
+        "prediction_type",
+        "beta_start",
+        "beta_end",
+        "beta_schedule",
+        "trained_betas",
+        "rescale_betas_zero_snr",
+        "shift",
+    ),
+    "text_encoder": ("_class_name", "hidden_size", "d_model", "vocab_size"),
+}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a recipe names, found and checked: the base, the teachers' cards and prompts, the student's grid.
+
+    grid is None where only the pipeline itself decides it. hashes: file -> sha256, empty unless asked for.
+    """
+
+    recipe: Recipe
+    base: Blueprint
+    cards: tuple[TeacherCard, ...]
+    train_rows: dict[str, list[PromptRow]]
+    test_rows: dict[str, list[PromptRow]]
+    grid: Grid | None
+    hashes: dict[str, str]
+
+
+def check(recipe: Recipe, *, hash_weights: bool = False) -> Parts:
+    """Check a recipe against the files it names. hash_weights also reads the bytes of the weights.
+
+    Raises UserError for the first thing that is wrong, naming its place, what is allowed and what to do.
+    """
+    base = _base(recipe)
+    cards = _cards(recipe)
+    train, test = _prompts(recipe, cards)
+    for card in cards:
+        load_reward(card.reward, card.folder)
+    _check_call_arguments(recipe, base)
+    grid = check_walk(recipe, base)
+    for index, card in enumerate(cards):
+        _check_teacher(recipe, index, card, base)
+    _check_warm_start(recipe, base)
+    _check_evaluation(recipe, test)
+    hashes = _hashes(base, cards) if hash_weights else {}
+    return Parts(recipe, base, cards, train, test, grid, hashes)
+
+
+def _base(recipe: Recipe) -> Blueprint:
+    place = recipe.place("student", "pretrained_model_name_or_path")
+    try:
+        base = read_blueprint(recipe.student.pretrained_model_name_or_path)
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from error
+    _refuse_pickles(base, place)
+    return base
+
+
+def _refuse_pickles(base: Blueprint, place: str) -> None:
+    """Local components must have .safetensors weights; those of a hub id are only ever loaded as such."""
+    for name in base.configs:
+        folder = base.folder / name
+        if not (folder / "config.json").is_file() or name in base.weight_files():
+            continue
+        if any(folder.glob("*.bin")):
+            raise UserError(
+                f"{place}: {folder} has pickled weights only, which are never loaded. Save the pipeline anew "
+                "with save_pretrained(safe_serialization=True)."
+            )
+        if name == base.denoiser and not _is_hub_snapshot(base.folder):
+            raise UserError(f"{place}: {folder} has no .safetensors weights. Save or copy the pipeline anew.")
+
+
+def _is_hub_snapshot(folder: Path) -> bool:
+    return "snapshots" in folder.parts
+
+
+def _cards(recipe: Recipe) -> tuple[TeacherCard, ...]:
+    cards: list[TeacherCard] = []
+    for index, settings in enumerate(recipe.teachers):
+        place = recipe.place("teachers", index, "name")
+        try:
+            card = teacher_card(settings.name, recipe.path)
+        except UserError as error:
+            raise UserError(f"{place}: {error}") from error
+        twin = next((other for other in cards if other.name == card.name), None)
+        if twin:
+            raise UserError(
+                f"{place}: two teachers are called {card.name!r}: {twin.path} and {card.path}. Rename one card."
+            )
+        if "ema_decay" in settings.model_fields_set and card.form != "ema":
+            raise UserError(
+                f"{recipe.place('teachers', index, 'ema_decay')}: ema_decay belongs to a teacher of form "
+                f'"ema"; {card.name!r} has form {card.form!r}. Remove it.'
+            )
+        cards.append(card)
+    return tuple(cards)
+
+
+def _prompts(
+    recipe: Recipe, cards: tuple[TeacherCard, ...]
+) -> tuple[dict[str, list[PromptRow]], dict[str, list[PromptRow]]]:
+    names = [card.name for card in cards]
+    read: dict[str, dict[str, list[PromptRow]]] = {"train": {}, "test": {}}
+    for card in cards:
+        for split, path in (("train", card.prompts.train), ("test", card.prompts.test)):
+            rows = read_prompts(path)
+            check_tasks(rows, Path(path), card.name, names)
+            read[split][card.name] = rows
+    return read["train"], read["test"]
+
+
+def _check_call_arguments(recipe: Recipe, base: Blueprint) -> None:
+    """The keyword arguments of every side must be parameters of the pipeline's call."""
+    import diffusers
+
+    kind = getattr(diffusers, base.pipeline_class, None)
+    if kind is None:
+        raise UserError(
+            f"{base.folder}: pipeline class {base.pipeline_class!r} is not one of the installed diffusers "
+            f"({diffusers.__version__}). Install a newer diffusers or take another base."
+        )
+    known = [name for name in inspect.signature(kind.__call__).parameters if name != "self"]
+    sides = [(("student",), recipe.student.call)]
+    sides += [(("teachers", index), teacher.call) for index, teacher in enumerate(recipe.teachers)]
+    for location, call in sides:
+        for key in call:
+            if key not in known:
+                raise UserError(
+                    f"{recipe.place(*location, 'call', key)}: {base.pipeline_class} takes no argument "
+                    f"{key!r}."
+                    f"{suggestion(key, known)}"
+                )
+
+
+def _check_warm_start(recipe: Recipe, base: Blueprint) -> None:
+    spec, place = recipe.student.init_weights, recipe.place("student", "init_weights")
+    if spec is None or hub_weights(spec, Path.cwd()):
+        return
+    reason = misfit(lora_file(spec, Path.cwd(), place), base)
+    if reason:
+        raise UserError(f"{place}: {spec} does not fit the base: {reason}. Take a LoRA of this base.")
+
+
+def _check_evaluation(recipe: Recipe, rows: dict[str, list[PromptRow]]) -> None:
+    """A number of prompts that was asked for must be there; the default one means at most."""
+    asked = recipe.evaluate.num_prompts if "num_prompts" in recipe.evaluate.model_fields_set else 1
+    for name, held_out in rows.items():
+        if len(held_out) < asked:
+            raise UserError(
+                f"{recipe.place('evaluate', 'num_prompts')}: num_prompts = {asked}, but teacher {name!r} has "
+                f"{len(held_out)} test prompts. Ask for at most {len(held_out)}, or give it more."
+            )
+
+
+def _check_teacher(recipe: Recipe, index: int, card: TeacherCard, base: Blueprint) -> None:
+    """The teacher stands on the student's architecture and latent space, and its weights can be loaded."""
+    place = recipe.place("teachers", index, "name")
+    try:
+        own = read_blueprint(card.base)
+    except UserError as error:
+        raise UserError(f"{card.place('base')}: {error}") from error
+    if own.folder.resolve() != base.folder.resolve():
+        _same_states(place, card, own, base)
+    if card.weights is None or card.hub_weights:
+        return
+    path = card.weights_path()
+    if card.form == "lora":
+        reason = misfit(path, base)
+        if reason:
+            raise UserError(
+                f"{card.place('weights')}: teacher {card.name!r} does not fit the base: {reason}. Take a teacher "
+                f"that was trained on {recipe.student.pretrained_model_name_or_path}."
+            )
+    if card.form == "full":
+        _full_fits(card, path, base)
+
+
+def _same_states(place: str, card: TeacherCard, own: Blueprint, base: Blueprint) -> None:
+    """Raise unless the configs that define states and conditions agree."""
+    for part, keys in STATE_KEYS.items():
+        mine = own.denoiser_config if part == "denoiser" else own.configs.get(part, {})
+        others = base.denoiser_config if part == "denoiser" else base.configs.get(part, {})
+        if card.form == "lora" and part == "denoiser":  # an adapter needs the very same layers
+            keys = sorted({key for key in {*mine, *others} if not key.startswith("_")} - {"sample_size"})
+            keys = ["_class_name", *keys]
+        for key in keys:
+            if mine.get(key) != others.get(key):
+                raise UserError(
+                    f"{place}: teacher {card.name!r} cannot stand at the student's states: {part} {key} is "
+                    f"{mine.get(key)!r} in its base {card.base}, {others.get(key)!r} in the student's. "
+                    "Take a teacher of the student's base."
+                )
+
+
+def _full_fits(card: TeacherCard, path: Path, base: Blueprint) -> None:
+    """A full denoiser must take and give what the base's does."""
+    if (path / "config.json").is_file():
+        own = read_json(path / "config.json")
+        for key in STATE_KEYS["denoiser"]:
+            if own.get(key) != base.denoiser_config.get(key):
+                raise UserError(
+                    f"{card.place('weights')}: teacher {card.name!r} cannot stand at the student's states: "
+                    f"its denoiser's {key} is {own.get(key)!r}, the base's is {base.denoiser_config.get(key)!r}. "
+                    "Take a teacher of the student's base."
+                )
+        return
+    shapes = {name: shape for file in weight_files(path) for name, shape in tensor_shapes(file).items()}
+    expected = {name: tuple(p.shape) for name, p in base.meta_denoiser.state_dict().items()}
+    different = sorted(name for name in {*shapes, *expected} if shapes.get(name) != expected.get(name))
+    if different:
+        name = different[0]
+        raise UserError(
+            f"{card.place('weights')}: teacher {card.name!r} does not fit the base's {base.denoiser}: {name} "
+            f"is {shapes.get(name, 'absent')}, expected {expected.get(name, 'absent')} ({len(different)} "
+            "tensors differ). A checkpoint of another shape needs its config.json beside it."
+        )
+
+
+def _hashes(base: Blueprint, cards: tuple[TeacherCard, ...]) -> dict[str, str]:
+    """file -> sha256 of the base's denoiser and of every teacher's weights, those of the cards compared."""
+    files = base.weight_files().get(base.denoiser, [])
+    hashes = {f"base/{base.denoiser}/{file.name}": weights_sha256(file) for file in files}
+    for card in cards:
+        digest = card.digest()
+        if digest:
+            hashes[f"{card.name}/{card.weights}"] = digest
+    return hashes

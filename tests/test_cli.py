@@ -1,0 +1,183 @@
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+import tiny
+from typer.testing import CliRunner
+
+from diffopd import __version__, locate
+from diffopd.cli import app
+from diffopd.recipe import read_recipe
+from diffopd.run_folder import RunFolder
+
+
+@pytest.fixture
+def place(tmp_path, tiny_sd, tiny_teachers):
+    """A folder with a good recipe, tiny.toml, and copies of the tiny teachers that a test may spoil."""
+    teachers = [shutil.copytree(folder, tmp_path / folder.name) for folder in tiny_teachers]
+    tiny.write_recipe(tmp_path / "tiny.toml", tiny_sd, teachers)
+    return tmp_path
+
+
+def command(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def replace(path, before, after):
+    text = path.read_text()
+    assert before in text
+    path.write_text(text.replace(before, after))
+
+
+def write_line(path, number, line):
+    lines = path.read_text().splitlines()
+    lines[number - 1] = line
+    path.write_text("\n".join(lines) + "\n")
+
+
+def hold_another_run(place):
+    recipe = read_recipe(place / "tiny.toml", ["seed=9"])
+    RunFolder.create(place / "run", recipe, {})
+
+
+def replace_base(place, **options):
+    other = tiny.save_pipeline(place / "other", **options)
+    path = place / "lines" / "teacher.toml"
+    base = next(line for line in path.read_text().splitlines() if line.startswith("base"))
+    replace(path, base, f'base = "{other}"')
+
+
+def spoil_the_grid(place):
+    leading = 'guidance_scale = 1.0\nscheduler = {timestep_spacing = "leading"}'
+    replace(place / "tiny.toml", "guidance_scale = 1.0", leading)
+    replace(place / "tiny.toml", "substeps = 1", "substeps = 3")
+
+
+TRAIN = "dots/prompts/train.jsonl"
+BAD_INPUT = {
+    "unknown key": (
+        lambda p: replace(p / "tiny.toml", "rank", "rnak"),
+        "tiny.toml:7",
+        'Did you mean "rank"?',
+    ),
+    "unknown teacher": (lambda p: replace(p / "tiny.toml", '/dots"', '/dotz"'), "tiny.toml:12", '/dots"?'),
+    "unknown shipped teacher": (
+        lambda p: replace(p / "tiny.toml", f'"{p}/dots"', '"tetx"'),
+        "tiny.toml:12",
+        'Did you mean "text"?',
+    ),
+    "TOML syntax": (
+        lambda p: replace(p / "tiny.toml", "seed = 3", "seed = = 3"),
+        "tiny.toml:2",
+        "not valid TOML",
+    ),
+    "missing prompts": (lambda p: (p / TRAIN).unlink(), TRAIN, "cannot be read"),
+    "no prompts": (lambda p: (p / TRAIN).write_text(""), TRAIN, "no prompts"),
+    "empty prompt line": (lambda p: write_line(p / TRAIN, 2, ""), f"{TRAIN}:2", "empty line"),
+    "bad prompt row": (lambda p: write_line(p / TRAIN, 3, "{"), f"{TRAIN}:3", "not valid JSON"),
+    "uncovered task": (
+        lambda p: write_line(p / TRAIN, 3, json.dumps({"prompt": "x", "task": "ocr"})),
+        f"{TRAIN}:3",
+        "covered by no teacher of this recipe (covered: dots, lines)",
+    ),
+    "non-finite setting": (lambda p: replace(p / "tiny.toml", "1e-3", "nan"), "tiny.toml:19", "finite"),
+    "negative setting": (
+        lambda p: replace(p / "tiny.toml", "1e-3", "-1e-3"),
+        "tiny.toml:19",
+        "greater than 0",
+    ),
+    "another architecture": (lambda p: replace_base(p, cross=32), "tiny.toml:14", "cross_attention_dim"),
+    "another latent space": (lambda p: replace_base(p, in_channels=8), "tiny.toml:14", "in_channels"),
+    "another noise schedule": (
+        lambda p: replace_base(p, prediction_type="epsilon"),
+        "tiny.toml:14",
+        "prediction_type is 'epsilon'",
+    ),
+    "grids that do not nest": (spoil_the_grid, "tiny.toml:18", "does not contain the student's timestep"),
+    "missing weights": (
+        lambda p: (p / "dots/pytorch_lora_weights.safetensors").unlink(),
+        "dots/teacher.toml:4",
+        "no .safetensors",
+    ),
+    "pickled weights": (
+        lambda p: replace(p / "dots/teacher.toml", "weights.safetensors", "weights.bin"),
+        "dots/teacher.toml:4",
+        "never loaded",
+    ),
+    "changed weights": (
+        lambda p: replace(p / "dots/teacher.toml", 'sha256 = "', 'sha256 = "' + "0" * 64 + '"\n# "'),
+        "dots/teacher.toml:5",
+        "the card says 000000000000",
+    ),
+    "missing reward": (lambda p: (p / "dots/reward.py").unlink(), "dots/reward.py", "there is no file"),
+    "another run in the folder": (hold_another_run, "/run", "seed was 9, is 3"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_INPUT)
+def test_bad_input_ends_with_code_2_names_the_place_and_writes_nothing(place, monkeypatch, case):
+    monkeypatch.setattr(locate, "teacher_names", lambda: ["composition", "style", "text"])
+    spoil, where, reason = BAD_INPUT[case]
+    spoil(place)
+    before = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
+    result = command("distill", place / "tiny.toml")
+    assert result.exit_code == 2, result.output
+    assert where in result.stderr and reason in result.stderr and "Traceback" not in result.output
+    after = {path: path.read_bytes() for path in place.rglob("*") if path.is_file() and path.suffix != ".pyc"}
+    assert after == before
+
+
+@pytest.mark.parametrize("name", ["evaluate", "export", "report"])
+def test_a_folder_that_holds_no_run_is_refused(tmp_path, name):
+    result = command(name, tmp_path / "nothing")
+    assert result.exit_code == 2 and "is not a run folder" in result.stderr
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(place):
+    result = command("distill", place / "tiny.toml", "--dry-run", "--set", "objective.substeps=5")
+    assert result.exit_code == 0, result.output
+    assert "5 substeps" in result.output and "999 499" in result.output and not (place / "run").exists()
+
+
+def test_the_output_folder_of_the_command_line_wins(place):
+    result = command("distill", place / "tiny.toml", "--dry-run", "--output-dir", place / "elsewhere run")
+    assert result.exit_code == 0, result.output
+    assert "elsewhere run" in result.output.replace("\n", "")
+
+
+def test_teachers_and_recipes_of_the_shelf_are_listed(monkeypatch, tmp_path, tiny_teacher):
+    shutil.copytree(tiny_teacher, tmp_path / "teachers" / "dots")
+    (tmp_path / "teachers" / "both.toml").write_text("")
+    (tmp_path / "diffopd").mkdir()
+    monkeypatch.setattr(locate, "PACKAGE", tmp_path / "diffopd")
+    result = command("teachers")
+    assert result.exit_code == 0, result.output
+    assert "dots" in result.output and "4, 2" in result.output and "recipes: both" in result.output
+
+
+def test_the_version_is_printed():
+    assert command("--version").output.strip() == __version__
+
+
+def test_help_answers_in_under_a_second_without_heavy_imports():
+    code = "import sys; from diffopd.cli import app; app(['--help'], standalone_mode=False); " + (
+        "sys.exit(len({'torch', 'diffusers', 'peft', 'pydantic'} & set(sys.modules)))"
+    )
+    seconds = []
+    for _ in range(3):  # the quickest counts: the machine may be busy
+        start = time.monotonic()
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=os.environ, check=False)
+        seconds.append(time.monotonic() - start)
+        assert done.returncode == 0 and b"distill" in done.stdout
+    assert min(seconds) < 1.0
+
+
+@pytest.mark.skipif(not (locate.pipeline_names() and locate.teacher_names()), reason="the shipped world is not built")
+@pytest.mark.parametrize("name", locate.recipe_names())
+def test_every_shipped_recipe_has_a_plan(name):
+    result = command("distill", name, "--dry-run")
+    assert result.exit_code == 0, result.output

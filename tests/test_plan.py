@@ -1,0 +1,115 @@
+import pytest
+import tiny
+from rich.console import Console
+
+from diffopd.blueprint import num_values
+from diffopd.plan import make_plan, readable, render
+from diffopd.preflight import check
+from diffopd.recipe import read_recipe
+
+
+def plan(path, *overrides):
+    return make_plan(check(read_recipe(path, list(overrides))))
+
+
+def test_trained_parameters_are_those_that_training_would_have(tiny_recipe, tiny_pipeline):
+    from diffopd.adapters import add_adapter
+
+    real = add_adapter(
+        tiny_pipeline.unet,
+        "student",
+        rank=2,
+        lora_alpha=4,
+        target_modules=["to_q", "to_k", "to_v", "to_out.0"],
+    )
+    assert plan(tiny_recipe).num_trained == sum(parameter.numel() for parameter in real.values())
+    whole = sum(p.numel() for name, p in tiny_pipeline.unet.named_parameters() if "lora_" not in name)
+    assert plan(tiny_recipe, "student.train=full").num_trained == whole
+
+
+def test_calls_count_guidance_and_substeps(tiny_recipe):
+    told = plan(tiny_recipe, "objective.substeps=5")
+    assert told.student_evaluations == 2  # two steps, no guidance
+    assert [teacher.evaluations for teacher in told.teachers] == [20, 10]  # 2 states x 5 x (2 guided, 1 not)
+    assert told.pictures_per_update == 4 and told.evaluations_per_update == (8, 60)
+    assert plan(tiny_recipe, "student.guidance_scale=3.0").student_evaluations == 4
+
+
+def test_calls_follow_the_query(tiny_recipe):
+    told = plan(tiny_recipe, "student.num_inference_steps=4", "objective.query={indices=[1]}")
+    assert told.student_evaluations == 2 and told.teachers[1].evaluations == 1
+    one = plan(tiny_recipe, "student.num_inference_steps=4", "objective.query=one_low_noise")
+    assert one.teachers[1].evaluations == 1 and 1 < one.student_evaluations < 4
+
+
+def test_the_grid_is_that_of_the_walk(tiny_recipe, tiny_pipeline):
+    tiny_pipeline.scheduler.set_timesteps(2)
+    assert plan(tiny_recipe).grid.timesteps == tuple(tiny_pipeline.scheduler.timesteps.tolist())
+
+
+def test_the_graph_estimate_is_what_autograd_keeps(tiny_recipe, tiny_pipeline):
+    import torch
+
+    from diffopd.adapters import add_adapter, freeze
+
+    freeze(tiny_pipeline)
+    add_adapter(
+        tiny_pipeline.unet,
+        "student",
+        rank=2,
+        lora_alpha=4,
+        target_modules=["to_q", "to_k", "to_v", "to_out.0"],
+    )
+    own = {parameter.untyped_storage().data_ptr() for parameter in tiny_pipeline.unet.parameters()}
+    kept = {}
+
+    def pack(tensor):
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    tiny_pipeline.unet.train()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        tiny_pipeline.unet(torch.randn(2, 4, 8, 8), torch.tensor(1), torch.randn(2, 24, 16))
+    real = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    assert plan(tiny_recipe).memory["graph of one state"] == pytest.approx(real, rel=0.3)
+
+
+def test_gradient_checkpointing_shrinks_the_graph_estimate(tiny_recipe):
+    less = plan(tiny_recipe, "train.gradient_checkpointing=true").memory["graph of one state"]
+    assert less < 0.7 * plan(tiny_recipe).memory["graph of one state"]
+
+
+def test_memory_counts_teachers_and_averages(tiny_recipe, tiny_teachers):
+    memory = plan(tiny_recipe, "train.ema_decay=0.9").memory
+    files = [folder / "pytorch_lora_weights.safetensors" for folder in tiny_teachers]
+    assert memory["teachers"] == 4 * sum(map(num_values, files))
+    assert memory["averages"] == memory["trained weights"]
+
+
+def test_the_plan_reads_as_text(tiny_recipe):
+    console = Console(width=120, record=True, file=open("/dev/null", "w"))
+    console.print(render(plan(tiny_recipe, "objective.substeps=5")))
+    text = console.export_text()
+    for part in ("LoRA, rank 2", "999 499", "1.000", "5 substeps", "dots", "2 updates", "sum"):
+        assert part in text
+
+
+def test_weights_are_not_loaded(tmp_path, tiny_sd):
+    """A base whose weights are too short to load still has a plan."""
+    import shutil
+
+    base = shutil.copytree(tiny_sd, tmp_path / "base")
+    weights = base / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[: -weights.stat().st_size // 2])
+    teacher = tiny.write_teacher(tmp_path / "itself", base, form="base")
+    assert plan(tiny.write_recipe(tmp_path / "r.toml", base, [teacher])).num_parameters > 0
+
+
+def test_sizes_have_units():
+    assert [readable(size) for size in (0, 1023, 1024, 3 * 2**30)] == [
+        "0.0 B",
+        "1023.0 B",
+        "1.0 KiB",
+        "3.0 GiB",
+    ]

@@ -1,0 +1,193 @@
+import json
+import shutil
+
+import pytest
+import tiny
+
+from diffopd.errors import UserError
+from diffopd.preflight import check
+from diffopd.recipe import read_recipe
+
+
+@pytest.fixture
+def teachers(tiny_teachers, tmp_path):
+    """Copies of the tiny teachers that a test may spoil."""
+    return [shutil.copytree(folder, tmp_path / "mine" / folder.name) for folder in tiny_teachers]
+
+
+@pytest.fixture
+def recipe_file(tmp_path, tiny_sd, teachers):
+    return tiny.write_recipe(tmp_path / "tiny.toml", tiny_sd, teachers)
+
+
+def refusal(path, *overrides):
+    with pytest.raises(UserError) as caught:
+        check(read_recipe(path, list(overrides)), hash_weights=True)
+    return str(caught.value)
+
+
+def test_a_good_recipe_passes_and_its_parts_are_told(recipe_file, tiny_sd):
+    parts = check(read_recipe(recipe_file), hash_weights=True)
+    assert parts.base.folder == tiny_sd and [card.name for card in parts.cards] == ["dots", "lines"]
+    assert parts.grid.timesteps == (999, 499) and parts.grid.sigmas[0] == pytest.approx(1.0)
+    assert set(parts.hashes) >= {"dots/pytorch_lora_weights.safetensors"} and len(parts.hashes) == 3
+    assert len(parts.train_rows["lines"]) == 4
+
+
+def test_weights_are_hashed_only_when_asked(recipe_file):
+    assert check(read_recipe(recipe_file)).hashes == {}
+
+
+def test_a_lora_of_another_unet_is_refused(recipe_file, teachers, tmp_path):
+    wide = tiny.save_pipeline(tmp_path / "wide", cross=32)
+    tiny.save_lora(teachers[1], wide, seed=4)
+    edit(teachers[1], "sha256", "# ")
+    assert "does not fit the base: its layer" in refusal(recipe_file)
+
+
+def test_a_lora_for_a_transformer_is_refused(recipe_file, teachers):
+    from safetensors.torch import load_file, save_file
+
+    path = teachers[1] / "pytorch_lora_weights.safetensors"
+    save_file({key.replace("unet.", "transformer.", 1): value for key, value in load_file(path).items()}, path)
+    assert "for a transformer, the base has a unet" in refusal(recipe_file)
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value"),
+    [
+        ("unet/config.json", "cross_attention_dim", 32),
+        ("unet/config.json", "in_channels", 9),
+        ("unet/config.json", "layers_per_block", 2),
+        ("vae/config.json", "scaling_factor", 0.5),
+        ("scheduler/scheduler_config.json", "prediction_type", "epsilon"),
+        ("scheduler/scheduler_config.json", "num_train_timesteps", 500),
+        ("text_encoder/config.json", "hidden_size", 64),
+    ],
+)
+def test_a_teacher_of_another_architecture_latent_space_or_noise_schedule_is_refused(
+    recipe_file, teachers, tiny_sd, tmp_path, file, key, value
+):
+    other = shutil.copytree(tiny_sd, tmp_path / "other")
+    config = json.loads((other / file).read_text()) | {key: value}
+    (other / file).write_text(json.dumps(config))
+    edit(teachers[1], f'base = "{tiny_sd}"', f'base = "{other}"')
+    text = refusal(recipe_file)
+    assert "cannot stand at the student's states" in text and key in text and "'lines'" in text
+    assert f"{recipe_file}:14" in text
+
+
+def test_a_teacher_on_a_copy_of_the_base_passes(recipe_file, teachers, tiny_sd, tmp_path):
+    other = shutil.copytree(tiny_sd, tmp_path / "other")
+    edit(teachers[1], f'base = "{tiny_sd}"', f'base = "{other}"')
+    check(read_recipe(recipe_file))
+
+
+def test_full_teachers_fit_by_config_or_by_shapes(tmp_path, tiny_sd):
+    full = tiny.write_teacher(tmp_path / "whole", tiny_sd, form="full")
+    path = tiny.write_recipe(tmp_path / "r.toml", tiny_sd, [full])
+    check(read_recipe(path), hash_weights=True)
+    (full / "unet" / "config.json").unlink()
+    check(read_recipe(path))
+    tiny.build_pipeline(cross=32).unet.save_pretrained(full / "unet")
+    assert "cross_attention_dim is 32" in refusal(path)
+    (full / "unet" / "config.json").unlink()
+    assert "tensors differ" in refusal(path)
+
+
+@pytest.mark.parametrize("form", ["base", "ema"])
+def test_teachers_without_weights_pass(tmp_path, tiny_sd, form):
+    teacher = tiny.write_teacher(tmp_path / "itself", tiny_sd, form=form)
+    path = tiny.write_recipe(tmp_path / "r.toml", tiny_sd, [teacher])
+    assert list(check(read_recipe(path), hash_weights=True).hashes) == ["base/unet/diffusion_pytorch_model.safetensors"]
+
+
+def test_grids_that_do_not_nest_are_refused(recipe_file):
+    text = refusal(recipe_file, "objective.substeps=3", "student.scheduler.timestep_spacing=leading")
+    assert "does not contain the student's timestep" in text and "trailing" in text
+    check(read_recipe(recipe_file, ["objective.substeps=5"]))
+
+
+def test_substeps_of_a_scheduler_with_several_calls_a_step_are_refused(recipe_file):
+    scheduler = 'student.scheduler={class="HeunDiscreteScheduler", timestep_spacing="trailing"}'
+    assert "one call a step" in refusal(recipe_file, "objective.substeps=2", scheduler)
+
+
+@pytest.mark.parametrize(
+    ("option", "reason"),
+    [
+        ("student.scheduler.class=DDIMSchedular", 'Did you mean "DDIMScheduler"?'),
+        ("student.scheduler.timestep_spacin=trailing", 'Did you mean "timestep_spacing"?'),
+        ("student.scheduler.timestep_spacing=sideways", "sideways"),
+        ("student.scheduler.clip_sample=true", "clip_sample"),
+        ("student.call.etta=0.5", 'Did you mean "eta"?'),
+        ("teachers.lines.call.guidance_rescal=0.5", 'Did you mean "guidance_rescale"?'),
+        ("objective.step_weights=[1, 2, 3]", "3 weights for 2 steps"),
+        ("objective.query={indices=[0, 2]}", "steps 0 to 1"),
+        ("student.num_inference_steps=1000", None),
+        ("student.solver=flow_sde", "flow"),
+        ("teachers.0.ema_decay=0.9", 'form "ema"'),
+        ("student.pretrained_model_name_or_path=emojy", "student.pretrained_model_name_or_path=emojy"),
+        ("student.target_modules=[to_k]", "not TOML"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused_with_the_reason(recipe_file, option, reason):
+    if reason is None:
+        check(read_recipe(recipe_file, [option]))
+    else:
+        assert reason in refusal(recipe_file, option)
+
+
+def test_a_kl_without_noise_is_refused(recipe_file):
+    assert "draws no noise" in refusal(recipe_file, "objective.name=kl", "student.solver=ddim")
+    assert "draws no noise" in refusal(recipe_file, "objective.name=kl")
+    noisy = ["objective.name=kl", "student.solver=ddim", "student.noise_level=0.5"]
+    assert "undefined at the last step" in refusal(recipe_file, *noisy)
+    for remedy in ("objective.final_step=mean", "objective.query={indices=[0]}"):
+        check(read_recipe(recipe_file, [*noisy, remedy]))
+    check(read_recipe(recipe_file, ["objective.name=kl", "student.call.eta=0.5", "objective.final_step=skip"]))
+
+
+def test_the_noise_at_alpha_zero_is_refused(recipe_file):
+    assert "where alpha = 0" in refusal(recipe_file, "objective.name=noise")
+    check(read_recipe(recipe_file, ["objective.name=noise", "objective.query={indices=[1]}"]))
+    check(read_recipe(recipe_file, ["objective.name=noise", "student.scheduler.rescale_betas_zero_snr=false"]))
+    assert "starts at alpha = 0" in refusal(recipe_file, "student.scheduler.prediction_type=epsilon")
+
+
+def test_a_base_with_pickles_only_is_refused(recipe_file, tiny_sd, tmp_path):
+    other = shutil.copytree(tiny_sd, tmp_path / "other")
+    weights = other / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_suffix(".bin"))
+    assert "never loaded" in refusal(recipe_file, f'student.pretrained_model_name_or_path="{other}"')
+    weights.with_suffix(".bin").unlink()
+    assert "no .safetensors weights" in refusal(recipe_file, f'student.pretrained_model_name_or_path="{other}"')
+
+
+def test_a_truncated_weights_file_is_refused(recipe_file, teachers):
+    (teachers[0] / "pytorch_lora_weights.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
+    assert "header is broken" in refusal(recipe_file)
+
+
+def test_a_warm_start_is_checked(recipe_file, tiny_teacher, tmp_path):
+    check(read_recipe(recipe_file, [f'student.init_weights="{tiny_teacher}/pytorch_lora_weights.safetensors"']))
+    assert "no .safetensors" in refusal(recipe_file, f'student.init_weights="{tmp_path}/none.safetensors"')
+    wide = tiny.save_pipeline(tmp_path / "wide", cross=32)
+    lora = tiny.save_lora(tmp_path / "wide-lora", wide, seed=0)
+    assert "does not fit the base: its layer" in refusal(recipe_file, f'student.init_weights="{lora}"')
+
+
+def test_more_test_prompts_than_there_are_is_refused(recipe_file):
+    assert "'dots' has 2 test prompts" in refusal(recipe_file, "evaluate.num_prompts=3")
+
+
+def test_two_teachers_of_one_name_are_refused(recipe_file, teachers):
+    edit(teachers[1], 'name = "lines"', 'name = "dots"')
+    assert "two teachers are called 'dots'" in refusal(recipe_file)
+
+
+def edit(folder, before, after):
+    path = folder / "teacher.toml"
+    text = path.read_text()
+    assert before in text
+    path.write_text(text.replace(before, after))
