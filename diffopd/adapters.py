@@ -50,20 +50,6 @@ class AdapterSwitch:
                 layer._disable_adapters, layer._active_adapter = disabled, active
 
 
-def denoiser_of(pipeline: Any) -> nn.Module:
-    """The network that a pipeline denoises with. Raises ValueError where there is none."""
-    for name in ("unet", "transformer"):
-        module = getattr(pipeline, name, None)
-        if module is not None:
-            return module
-    raise ValueError(f"{type(pipeline).__name__} has neither a unet nor a transformer.")
-
-
-def denoiser_name(pipeline: Any) -> str:
-    """"unet" or "transformer"."""
-    return "unet" if getattr(pipeline, "unet", None) is not None else "transformer"
-
-
 def freeze(pipeline: Any) -> None:
     """Every module of the pipeline frozen and in eval mode (a shared prompt graph would break later backwards)."""
     for component in pipeline.components.values():

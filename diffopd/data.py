@@ -13,7 +13,7 @@ from diffopd.errors import UserError
 
 @dataclass(frozen=True)
 class PromptRow:
-    """One prompt and what else its row said (a reward reads it)."""
+    """One prompt and what else its row said (a reward reads it); "file_name", a picture, is made absolute."""
 
     prompt: str
     metadata: dict[str, Any] = field(default_factory=dict)
@@ -28,21 +28,17 @@ def read_prompts(path: Path | str) -> list[PromptRow]:
     """
     path = Path(path)
     if path.suffix not in (".txt", ".jsonl"):
-        raise UserError(
-            f"{path}: prompt files end in .txt (one prompt a line) or .jsonl; rename or convert it."
-        )
+        raise UserError(f"{path}: prompt files end in .txt (one prompt a line) or .jsonl; rename or convert it.")
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except OSError as error:
-        raise UserError(
-            f"{path}: prompts cannot be read ({error.strerror}). Name an existing file."
-        ) from error
+        raise UserError(f"{path}: prompts cannot be read ({error.strerror}). Name an existing file.") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is not UTF-8 text (byte {error.start}). Save the file as UTF-8.") from error
     if not lines:
         raise UserError(f"{path}: has no prompts. Write at least one line.")
     read = _text_row if path.suffix == ".txt" else _json_row
-    return [read(line, f"{path}:{number}") for number, line in enumerate(lines, start=1)]
+    return [_located(read(line, f"{path}:{number}"), path) for number, line in enumerate(lines, start=1)]
 
 
 def check_tasks(rows: list[PromptRow], path: Path, teacher: str, teachers: Collection[str]) -> None:
@@ -60,9 +56,15 @@ def check_tasks(rows: list[PromptRow], path: Path, teacher: str, teachers: Colle
         if task != teacher:
             raise UserError(
                 f"{path}:{number}: task {task!r} stands among the prompts of teacher {teacher!r}, which "
-                "would be asked "
-                f"for it. Move the row to the prompts of {task!r}."
+                f"would be asked for it. Move the row to the prompts of {task!r}."
             )
+
+
+def _located(row: PromptRow, path: Path) -> PromptRow:
+    name = row.metadata.get("file_name")
+    if not isinstance(name, str):
+        return row
+    return PromptRow(row.prompt, row.metadata | {"file_name": str(path.parent.resolve() / name)})
 
 
 def _text_row(line: str, place: str) -> PromptRow:
@@ -77,13 +79,9 @@ def _json_row(line: str, place: str) -> PromptRow:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise UserError(
-            f"{place}: not valid JSON ({error.msg}, column {error.colno}). Correct that line."
-        ) from error
+        raise UserError(f"{place}: not valid JSON ({error.msg}, column {error.colno}). Correct that line.") from error
     if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-        raise UserError(
-            f'{place}: needs a JSON object with a string "prompt", such as {{"prompt": "a red dot"}}.'
-        )
+        raise UserError(f'{place}: needs a JSON object with a string "prompt", such as {{"prompt": "a red dot"}}.')
     if not row["prompt"].strip():
         raise UserError(f'{place}: "prompt" is empty. Write one or remove the row.')
     return PromptRow(row["prompt"], {key: value for key, value in row.items() if key != "prompt"})

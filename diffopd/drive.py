@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from greenlet import GreenletExit, greenlet
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffopd.prediction import Prediction, Step, Transition
 from diffopd.schedulers import (
@@ -50,6 +50,26 @@ class Call:
     def told(self, **arguments: Any) -> Call:
         """The same call with further or other keyword arguments."""
         return Call(self.pipeline, {**self.arguments, **arguments}, self.binding)
+
+
+def denoiser_of(pipeline: Any) -> nn.Module:
+    """The network that a pipeline denoises with. Raises ValueError where there is none."""
+    for name in ("unet", "transformer"):
+        module = getattr(pipeline, name, None)
+        if module is not None:
+            return module
+    raise ValueError(f"{type(pipeline).__name__} has neither a unet nor a transformer.")
+
+
+def denoiser_name(pipeline: Any) -> str:
+    """ "unet" or "transformer"."""
+    return "unet" if getattr(pipeline, "unet", None) is not None else "transformer"
+
+
+def denoisers_of(pipeline: Any) -> list[nn.Module]:
+    """Every network that the pipeline may denoise with (some have two, for high and low noise)."""
+    held = [getattr(pipeline, name, None) for name in ("unet", "transformer", "transformer_2")]
+    return [module for module in held if module is not None]
 
 
 def shell(pipeline: Any) -> Any:
@@ -130,7 +150,7 @@ def next_sample(reply: Any) -> Tensor:
 
 
 @contextmanager
-def replaced_forward(module: torch.nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """`module` answers by `forward` while open; replacements may nest."""
     before = vars(module).get("forward")
     module.forward = forward
@@ -163,7 +183,8 @@ class Walk:
     """A pipeline call that pauses at each `scheduler.step`. Use as a context manager; closing restores `step`.
 
     `advance(reply, grad=...)` answers the pending `step` call and runs on to the next pause, returning its `Visit`,
-    or None when the call has returned (then `result` holds what it returned).
+    or None when the call has returned (then `result` holds what it returned). `evaluations` counts the rows its
+    denoisers have really computed (guidance by concatenation doubles them).
 
     Raises ValueError for a scheduler that cannot be driven, and RuntimeError for a pipeline that never called its
     scheduler's `step` (it copies its scheduler) or computes under its own `no_grad`.
@@ -177,6 +198,7 @@ class Walk:
         self._visits = 0
         self._greenlet: greenlet | None = None
         self.result: Any = None
+        self.evaluations = 0
 
     def __enter__(self) -> Walk:
         if "step" in vars(self._scheduler):
@@ -208,8 +230,8 @@ class Walk:
         """
         first = self._visits == 0
         self._greenlet.parent = greenlet.getcurrent()
-        silence = idle_denoiser(self._call.pipeline) if idle else nullcontext()
-        with torch.set_grad_enabled(grad), self._call.binding(), silence:
+        aside = idle_denoiser(self._call.pipeline) if idle else self._counting()
+        with torch.set_grad_enabled(grad), self._call.binding(), aside:
             arguments = self._greenlet.switch() if first else self._greenlet.switch(reply)
         if self._greenlet.dead:
             return self._finished()
@@ -221,6 +243,19 @@ class Walk:
                 "own no_grad, or nothing in its denoiser is trainable. Such a pipeline cannot be a student."
             )
         return visit
+
+    @contextmanager
+    def _counting(self) -> Iterator[None]:
+        def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.evaluations += len(args[0] if args else next(iter(kwargs.values())))
+
+        held = denoisers_of(self._call.pipeline)
+        handles = [module.register_forward_pre_hook(count, with_kwargs=True) for module in held]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def _finished(self) -> None:
         if self._visits == 0:

@@ -81,9 +81,7 @@ def find_recipe(name: str) -> Path:
         path = Path(name).expanduser()
         path = path / "distill.toml" if path.is_dir() else path
         if not path.is_file():
-            raise UserError(
-                f"{path}: there is no such recipe file.{suggestion(Path(name).stem, recipe_names())}"
-            )
+            raise UserError(f"{path}: there is no such recipe file.{suggestion(Path(name).stem, recipe_names())}")
         return path.absolute()
     top = shelf("teachers")
     for path in (top / f"{name}.toml", top / name / "distill.toml"):
@@ -107,11 +105,7 @@ def find_teacher(name: str, relative_to: Path) -> Path:
         return folder
     folder = Path(absolute(name, relative_to))
     if not (folder / "teacher.toml").is_file():
-        near = (
-            [str(path.parent) for path in folder.parent.glob("*/teacher.toml")]
-            if folder.is_absolute()
-            else []
-        )
+        near = [str(path.parent) for path in folder.parent.glob("*/teacher.toml")] if folder.is_absolute() else []
         raise UserError(
             f"{folder}: is not a teacher folder, it has no teacher.toml.{suggestion(str(folder), near)} "
             "A teacher is a folder with teacher.toml, weights and prompts."
@@ -127,9 +121,7 @@ def find_pipeline(name: str, relative_to: Path | None = None, *, patterns: list[
     """
     if not is_path(name):
         folder = shelf("pipelines") / name
-        hint = (
-            suggestion(name, pipeline_names()) + " For your own give a path with a separator, or owner/repo."
-        )
+        hint = suggestion(name, pipeline_names()) + " For your own give a path with a separator, or owner/repo."
     else:
         folder = Path(absolute(name, relative_to or Path.cwd()))
         hub = parse_hub_id(name)
@@ -153,7 +145,7 @@ def download(hub: HubId, patterns: list[str] | None = None) -> Path:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(
             f"{hub.repo}: no local folder of this name, and the hub did not give it "
-            f"({type(error).__name__}). Check "
-            "the path or id, log in with `hf auth login` for a gated one, or unset HF_HUB_OFFLINE."
+            f"({type(error).__name__}). Check the path or id, log in with `hf auth login` for a gated one, or unset "
+            "HF_HUB_OFFLINE."
         ) from error
     return Path(top) / hub.subfolder

@@ -66,7 +66,7 @@ def _square(difference: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Objective:
-    """One row. needs_std: it divides by the step's std, so a step without noise needs `final_step` to say what to do."""
+    """One row. needs_std: it divides by the step's std, so `final_step` must say what a step without noise does."""
 
     name: str
     function: Callable[..., Tensor]

@@ -18,9 +18,7 @@ def parse_override(option: str) -> tuple[list[str], Any]:
     name, equals, text = option.partition("=")
     parts = [part.strip() for part in name.split(".")]
     if not equals or not all(parts):
-        raise UserError(
-            f"--set {option}: not of the form section.key=value. Example: --set train.batch_size=8."
-        )
+        raise UserError(f"--set {option}: not of the form section.key=value. Example: --set train.batch_size=8.")
     try:
         return parts, tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError as error:
@@ -47,9 +45,7 @@ def apply_override(data: dict[str, Any], option: str) -> Location:
         else:
             current = current[key]
         if depth + 1 < len(parts) and not isinstance(current, (dict, list)):
-            raise UserError(
-                f"--set {option}: {'.'.join(parts[: depth + 1])} is a single value and has no keys."
-            )
+            raise UserError(f"--set {option}: {'.'.join(parts[: depth + 1])} is a single value and has no keys.")
     return tuple(location)
 
 

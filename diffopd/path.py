@@ -17,7 +17,7 @@ Level = float | Tensor  # a noise level: a number, a 0-dim tensor, or one per ro
 
 @dataclass(frozen=True)
 class Path:
-    """"flow": alpha = 1 - sigma, velocity = eps - x0. "vp": alpha^2 + sigma^2 = 1, velocity = alpha eps - sigma x0.
+    """ "flow": alpha = 1 - sigma, velocity = eps - x0. "vp": alpha^2 + sigma^2 = 1, velocity = alpha eps - sigma x0.
 
     All methods take sample-shaped tensors (B, ...) and a level; they return (B, ...) in the sample's dtype.
     """
@@ -55,8 +55,8 @@ class Path:
         alpha = self.alpha(sigma)
         if bool((alpha <= 0).any()):
             raise ValueError(
-                "an epsilon prediction is undefined at alpha = 0 (sigma = 1): the sample is pure noise and says nothing "
-                "about x0. Use a v-prediction model, or a grid that starts below sigma = 1."
+                "an epsilon prediction is undefined at alpha = 0 (sigma = 1): the sample is pure noise and says "
+                "nothing about x0. Use a v-prediction model, or a grid that starts below sigma = 1."
             )
         kept = sample if self.name == "flow" else _times(sigma, sample)
         return _times(1 / alpha, noise - kept)

@@ -24,7 +24,9 @@ def supervised_states(query: str | dict[str, Any], num_visits: int, *, seed: tup
     if isinstance(query, dict) and set(query) == {"indices"}:
         wrong = [index for index in query["indices"] if not 0 <= index < num_visits]
         if wrong:
-            raise ValueError(f"query index {wrong[0]} is outside the walk of {num_visits} states, 0 to {num_visits - 1}.")
+            raise ValueError(
+                f"query index {wrong[0]} is outside the walk of {num_visits} states, 0 to {num_visits - 1}."
+            )
         return sorted(query["indices"])
     raise ValueError(f'query {query!r}; allowed are "all", "one_low_noise", {{fraction = p}}, {{indices = [..]}}.')
 

@@ -45,9 +45,7 @@ class Called(Settings):
     def _only_further_arguments(cls, call: dict[str, Any]) -> dict[str, Any]:
         for key in call:
             if key in OWN_ARGUMENTS:
-                raise ValueError(
-                    f'"{key}" is set by diffopd. Remove it; its setting is {OWN_ARGUMENTS[key]}.'
-                )
+                raise ValueError(f'"{key}" is set by diffopd. Remove it; its setting is {OWN_ARGUMENTS[key]}.')
         return call
 
 
@@ -72,26 +70,20 @@ class StudentSettings(Called):
     def _names_or_pattern(cls, value: Any) -> Any:
         names = [value] if isinstance(value, str) else value
         if not isinstance(names, list) or not names or not all(isinstance(n, str) and n for n in names):
-            raise ValueError(
-                f"{value!r} is not allowed. Give a list of module names or one regular expression."
-            )
+            raise ValueError(f"{value!r} is not allowed. Give a list of module names or one regular expression.")
         return value
 
     @field_validator("scheduler")
     @classmethod
     def _class_is_a_name(cls, value: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(value.get("class", ""), str):
-            raise ValueError(
-                f"class = {value['class']!r} is not a name. Give a scheduler class of diffusers."
-            )
+            raise ValueError(f"class = {value['class']!r} is not a name. Give a scheduler class of diffusers.")
         return value
 
     @model_validator(mode="after")
     def _consistent(self) -> StudentSettings:
         if self.init_weights and self.train == "full":
-            raise ValueError(
-                'init_weights is a LoRA to start from and needs train = "lora". Remove one of the two.'
-            )
+            raise ValueError('init_weights is a LoRA to start from and needs train = "lora". Remove one of the two.')
         if self.noise_level and self.solver == "native":
             raise ValueError(
                 f'noise_level = {self.noise_level:g} has no effect on solver = "native", whose noise is the '
@@ -179,18 +171,12 @@ class TrainSettings(Settings):
     @model_validator(mode="after")
     def _ends(self) -> TrainSettings:
         if self.patience and not self.validate_every:
-            raise ValueError(
-                f"patience = {self.patience} counts held-out checks. Set validate_every above 0 as well."
-            )
+            raise ValueError(f"patience = {self.patience} counts held-out checks. Set validate_every above 0 as well.")
         bounded = self.max_train_steps or self.max_train_seconds
         if not (bounded or self.patience):
-            raise ValueError(
-                "the run would never end. Set max_train_steps, max_train_seconds or patience above 0."
-            )
+            raise ValueError("the run would never end. Set max_train_steps, max_train_seconds or patience above 0.")
         if self.lr_scheduler == "cosine" and not bounded:
-            raise ValueError(
-                'lr_scheduler = "cosine" needs an end. Set max_train_steps or max_train_seconds.'
-            )
+            raise ValueError('lr_scheduler = "cosine" needs an end. Set max_train_steps or max_train_seconds.')
         return self
 
 
@@ -229,9 +215,7 @@ class Recipe(Settings):
         names = [teacher.name for teacher in self.teachers]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice:
-            raise ValueError(
-                f"teacher {twice!r} is given twice. Give each teacher once; weight sets its share."
-            )
+            raise ValueError(f"teacher {twice!r} is given twice. Give each teacher once; weight sets its share.")
         return self
 
     @property

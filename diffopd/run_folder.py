@@ -122,8 +122,7 @@ class RunFolder:
         if changes:
             raise UserError(
                 f"output_dir {self.path} holds another run: {'; '.join(changes[:3])}. Nothing was written; "
-                "give the "
-                "same recipe to resume, or another --output-dir for a new run."
+                "give the same recipe to resume, or another --output-dir for a new run."
             )
         for file, digest in hashes.items():
             before = stored["hashes"].get(file)
@@ -183,8 +182,6 @@ def _differences(before: Any, after: Any, key: str = "") -> list[str]:
         return [
             difference
             for name in names
-            for difference in _differences(
-                before.get(name), after.get(name), f"{key}.{name}" if key else name
-            )
+            for difference in _differences(before.get(name), after.get(name), f"{key}.{name}" if key else name)
         ]
     return [f"{key} was {json.dumps(before)}, is {json.dumps(after)}"]

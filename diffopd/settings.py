@@ -61,9 +61,7 @@ def read_toml(path: Path) -> tuple[dict[str, Any], Source]:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise UserError(
-            f"{path}: cannot be read ({error.strerror}). Give the path of an existing file."
-        ) from error
+        raise UserError(f"{path}: cannot be read ({error.strerror}). Give the path of an existing file.") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is not UTF-8 text (byte {error.start}). Save the file as UTF-8.") from error
     try:

@@ -130,9 +130,7 @@ REASONS = {
 }
 
 
-def get_solver(
-    name: str, path: Path, noise_level: float = 0.0
-) -> Callable[[Prediction, Step, History], Transition]:
+def get_solver(name: str, path: Path, noise_level: float = 0.0) -> Callable[[Prediction, Step, History], Transition]:
     """The solver `name` for a path, its noise level bound.
 
     Raises ValueError for an unknown name, a path on which it is undefined, a noise level out of range or without

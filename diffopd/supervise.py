@@ -50,10 +50,14 @@ class Manner:
 
 @dataclass
 class Watch:
-    """Seconds per stage. With `exact` the device is synchronised around each stage (benchmarks only)."""
+    """Seconds per stage and denoiser evaluations (rows) per side.
+
+    With `exact` the device is synchronised around each stage (benchmarks only).
+    """
 
     exact: bool = False
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    evaluations: dict[str, int] = field(default_factory=lambda: defaultdict(int))
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
@@ -229,6 +233,8 @@ def supervise(
                     else:
                         reply = _next(walked, visit, noise, index, data_states)
                 moved = next_sample(reply)
+    watch.evaluations["student"] += s.evaluations
+    watch.evaluations["teacher"] += t.evaluations
     return losses
 
 
@@ -292,4 +298,5 @@ def _record(
             visit = walked.advance(reply, grad=False)
             reply = _next(walked, visit, noise, index, data_states)
             replies.append(reply)
+    watch.evaluations["student"] += walk.evaluations
     return replies

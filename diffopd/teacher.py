@@ -46,9 +46,7 @@ class TeacherCard(Settings):
         if self.name in ("student", "ema", "base", "default"):
             raise ValueError(f"name {self.name!r} has a meaning of its own here. Choose another.")
         if self.form in ("lora", "full") and not self.weights:
-            raise ValueError(
-                f'form = "{self.form}" needs weights = "a file or folder beside this card, or a hub id".'
-            )
+            raise ValueError(f'form = "{self.form}" needs weights = "a file or folder beside this card, or a hub id".')
         if self.form in ("base", "ema") and (self.weights or self.sha256):
             raise ValueError(f'form = "{self.form}" has no weights of its own. Remove weights and sha256.')
         return self
@@ -70,37 +68,18 @@ class TeacherCard(Settings):
     @property
     def hub_weights(self) -> HubId | None:
         """The hub id of the weights, None where they lie beside the card."""
-        if self.weights is None or (self.folder / self.weights).exists() or not is_path(self.weights):
-            return None
-        return parse_hub_id(self.weights)
+        return hub_weights(self.weights, self.folder) if self.weights else None
 
     def weights_path(self) -> Path:
-        """The local file or folder of the weights; those of a hub id are downloaded.
+        """The local weights: the file of a LoRA, the file or folder of a full denoiser; hub ids are downloaded.
 
-        Raises UserError for weights that are missing, not .safetensors, or (sha256 given) not those of the
-        card.
+        Raises UserError for weights that are missing or not .safetensors.
         """
         if self.weights is None:
             raise UserError(f"{self.path}: a teacher of form {self.form!r} has no weights.")
-        path = (
-            download(self.hub_weights, ["*.safetensors", "*.json"])
-            if self.hub_weights
-            else self.folder / self.weights
-        )
-        if path.suffix in PICKLES:
-            raise UserError(
-                f"{self.place('weights')}: {path.name} is not .safetensors. Pickled weights are never "
-                "loaded: save them "
-                "with save_lora_weights or save_pretrained(safe_serialization=True)."
-            )
-        files = weight_files(path)
-        if not files:
-            raise UserError(
-                f"{self.place('weights')}: no .safetensors at {path}. Give the weights' file, or the folder "
-                "they were "
-                "saved to with save_lora_weights or save_pretrained."
-            )
-        return path
+        if self.form == "lora":
+            return lora_file(self.weights, self.folder, self.place("weights"))
+        return find_weights(self.weights, self.folder, self.place("weights"))
 
     def digest(self) -> str | None:
         """sha256 of the weights, None for a form without. Raises UserError when it is not the card's."""
@@ -110,8 +89,7 @@ class TeacherCard(Settings):
         if self.sha256 and found != self.sha256:
             raise UserError(
                 f"{self.place('sha256')}: the card says {self.sha256[:12]}..., the weights at {self.weights} "
-                "are "
-                f'{found[:12]}.... Restore the weights of the card, or correct sha256 = "{found}".'
+                f'are {found[:12]}.... Restore the weights of the card, or correct sha256 = "{found}".'
             )
         return found
 
@@ -132,6 +110,40 @@ def teacher_card(name_or_path: str, relative_to: Path | str) -> TeacherCard:
     card = validated(TeacherCard, data, source)
     card._source = source
     return card
+
+
+def hub_weights(spec: str, folder: Path) -> HubId | None:
+    """The hub id that `spec` is, None where it names something in `folder`."""
+    is_local = (folder / spec).exists() or not is_path(spec)
+    return None if is_local else parse_hub_id(spec)
+
+
+def find_weights(spec: str, folder: Path, place: str) -> Path:
+    """The .safetensors file, or a folder with some, that `spec` names: from `folder`, or on the hub.
+
+    Raises UserError, beginning with `place`, for weights that are missing or pickled.
+    """
+    hub = hub_weights(spec, folder)
+    path = download(hub, ["*.safetensors", "*.json"]) if hub else folder / spec
+    if path.suffix in PICKLES:
+        raise UserError(
+            f"{place}: {path.name} is not .safetensors. Pickled weights are never loaded: save them with "
+            "save_lora_weights or save_pretrained(safe_serialization=True)."
+        )
+    if not weight_files(path):
+        raise UserError(
+            f"{place}: no .safetensors at {path}. Give the weights' file, or the folder they were saved to with "
+            "save_lora_weights or save_pretrained."
+        )
+    return path
+
+
+def lora_file(spec: str, folder: Path, place: str) -> Path:
+    """The one file of a LoRA. Raises UserError as `find_weights`, and for a folder with several files."""
+    files = weight_files(find_weights(spec, folder, place))
+    if len(files) > 1:
+        raise UserError(f"{place}: {folder / spec} has several .safetensors. Name the file of the LoRA.")
+    return files[0]
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -162,9 +174,7 @@ def load_reward(spec: str, folder: Path) -> Reward:
     file, _, name = spec.rpartition(":")
     path = (folder / file).resolve()
     if not path.is_file():
-        raise UserError(
-            f"reward {spec!r}: there is no file {path}. Give it as file.py:function beside the card."
-        )
+        raise UserError(f"reward {spec!r}: there is no file {path}. Give it as file.py:function beside the card.")
     module = _import_file(path, spec)
     function = vars(module).get(name)
     if not callable(function):
@@ -184,7 +194,5 @@ def _import_file(path: Path, spec: str) -> Any:
         module_spec.loader.exec_module(module)
     except (ImportError, SyntaxError, NameError, AttributeError, TypeError, ValueError, OSError) as error:
         del sys.modules[name]
-        raise UserError(
-            f"reward {spec!r}: {path} cannot be imported: {type(error).__name__}: {error}"
-        ) from error
+        raise UserError(f"reward {spec!r}: {path} cannot be imported: {type(error).__name__}: {error}") from error
     return module

@@ -114,7 +114,9 @@ def _tensor(row: dict[str, Any], key: str, place: str) -> Tensor:
     except (TypeError, ValueError) as error:
         raise BadFile(f"{place}: {key!r} is not a tensor of numbers ({error})") from error
     if value.ndim < 2:
-        raise BadFile(f"{place}: {key!r} needs a batch dimension and at least one more, its shape is {list(value.shape)}")
+        raise BadFile(
+            f"{place}: {key!r} needs a batch dimension and at least one more, its shape is {list(value.shape)}"
+        )
     return value
 
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from cast import VP_SCHEDULERS, arguments, cast_for, draws, pipeline_with, scheduler_named
 
 from diffopd.drive import Call, Walk, decode, next_sample, rollout, shell, survey
 from diffopd.schedulers import FAMILIES, family_of
-from cast import VP_SCHEDULERS, arguments, cast_for, draws, pipeline_with, scheduler_named
 
 
 def test_every_scheduler_family_on_the_vp_path_is_tried():

@@ -96,9 +96,7 @@ def test_a_wrong_word_is_refused_with_the_allowed_ones(recipe_file):
 
 
 def test_toml_syntax_errors_name_file_and_line(recipe_file):
-    assert f"{recipe_file}:3: is not valid TOML" in message(
-        recipe_file, text=TEXT.replace('"emoji"', "emoji")
-    )
+    assert f"{recipe_file}:3: is not valid TOML" in message(recipe_file, text=TEXT.replace('"emoji"', "emoji"))
 
 
 def test_several_errors_are_reported_at_once(recipe_file):

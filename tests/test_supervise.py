@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from cast import VP_SCHEDULERS, Cast, cast_for, draws, scheduler_named
 
 from diffopd.objective import OBJECTIVES, get_objective
 from diffopd.query import supervised_states
 from diffopd.solver import SOLVERS
 from diffopd.supervise import Manner, supervise
-from cast import VP_SCHEDULERS, Cast, cast_for, draws, scheduler_named
 
 VP_SOLVERS = [name for name, row in SOLVERS.items() if "vp" in row.paths]
 STOCHASTIC = "ddpm"
@@ -71,7 +71,7 @@ def test_the_teacher_sees_exactly_the_students_states_and_no_gradient_reaches_it
     active = cast.pipeline.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q
 
     def record(module, inputs):
-        seen[active._active_adapter[0]].append(inputs[0][: 3].detach().clone())
+        seen[active._active_adapter[0]].append(inputs[0][:3].detach().clone())
 
     handle = cast.pipeline.unet.register_forward_pre_hook(record)
     run(cast, Manner(get_objective("mean"), range(4)))
@@ -121,7 +121,9 @@ def test_unsupervised_states_cost_the_teacher_nothing():
     cast = cast_for(scheduler_named("ddim"))
     calls = []
     forward = type(cast.pipeline.unet).forward
-    handle = cast.pipeline.unet.register_forward_hook(lambda module, inputs, output: calls.append(output[0].abs().sum()))
+    handle = cast.pipeline.unet.register_forward_hook(
+        lambda module, inputs, output: calls.append(output[0].abs().sum())
+    )
     run(cast, Manner(get_objective("mean"), [2]))
     handle.remove()
     assert cast.pipeline.unet.forward.__func__ is forward, "the idle forward was not put back"

@@ -30,9 +30,7 @@ def build_tokenizer():
     return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=24)
 
 
-def build_pipeline(
-    *, seed: int = 0, prediction_type: str = "v_prediction", in_channels: int = 4, cross: int = 16
-):
+def build_pipeline(*, seed: int = 0, prediction_type: str = "v_prediction", in_channels: int = 4, cross: int = 16):
     """A random stock StableDiffusionPipeline on 8 x 8 latents (16 x 16 pixels), trailing zero-SNR DDIM."""
     import torch
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -121,9 +119,7 @@ def save_lora(folder: Path, base: Path, *, seed: int, rank: int = 2, scale: floa
     from peft import LoraConfig, get_peft_model_state_dict
 
     unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet")
-    unet.add_adapter(
-        LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["to_q", "to_k", "to_v", "to_out.0"])
-    )
+    unet.add_adapter(LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in unet.named_parameters():

@@ -1,0 +1,5 @@
+#!/usr/bin/env bash
+# The default test suite; options go to pytest (`scripts/test.sh -m slow` for the long ones).
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+export HF_HUB_OFFLINE=1
+.venv/bin/python -m pytest "$@"
