@@ -49,6 +49,21 @@ class AdapterSwitch:
             for layer, (disabled, active) in zip(self._layers, before, strict=True):
                 layer._disable_adapters, layer._active_adapter = disabled, active
 
+    @contextmanager
+    def averaged(self, names: Sequence[str]) -> Iterator[None]:
+        """The average of several adapters answers while open: their deltas, each divided by their number."""
+        with self.bound(names[0]):
+            kept = [dict(layer.scaling) for layer in self._layers]
+            for layer in self._layers:
+                layer._active_adapter = list(names)
+                for name in names:
+                    layer.scaling[name] /= len(names)
+            try:
+                yield
+            finally:
+                for layer, scaling in zip(self._layers, kept, strict=True):
+                    layer.scaling.update(scaling)
+
 
 def freeze(pipeline: Any) -> None:
     """Every module of the pipeline frozen and in eval mode (a shared prompt graph would break later backwards)."""

@@ -22,6 +22,7 @@ from diffopd.adapters import (
 )
 from diffopd.data import PromptRow, read_prompts
 from diffopd.drive import Call, denoiser_name, denoiser_of, shell
+from diffopd.errors import UserError
 from diffopd.load import load_full_denoiser, load_lora, load_pipeline
 from diffopd.recipe import Recipe, TeacherSettings
 from diffopd.teacher import TeacherCard, lora_file, teacher_card
@@ -72,6 +73,8 @@ def assemble(recipe: Recipe, device: str) -> tuple[Student, list[Teacher]]:
         if card.form == "lora":
             load_lora(base, card, adapter_name=card.name)
     parameters = _trainable(recipe, student_pipeline)
+    if recipe.train.attention_backend == "xformers":
+        use_xformers(denoiser_of(student_pipeline))
     if recipe.train.gradient_checkpointing:
         denoiser_of(student_pipeline).enable_gradient_checkpointing()
     teachers = [
@@ -112,6 +115,23 @@ def with_scheduler(pipeline: Any, recipe: Recipe) -> Any:
         kind = getattr(diffusers, override.pop("class", type(pipeline.scheduler).__name__))
         pipeline.scheduler = kind.from_config(pipeline.scheduler.config, **override)
     return pipeline
+
+
+def use_xformers(denoiser: nn.Module) -> None:
+    """xformers' attention on a denoiser, and the proof that its layers really use it.
+
+    Raises UserError where it is not installed, does not run here, or was accepted without effect.
+    """
+    try:
+        denoiser.enable_xformers_memory_efficient_attention()
+    except (ImportError, ValueError, NotImplementedError) as error:
+        raise UserError(
+            f'train.attention_backend = "xformers" cannot be used here: {error} Install diffopd[xformers] on a machine '
+            'with a GPU, or set train.attention_backend = "default".'
+        ) from error
+    names = {type(processor).__name__ for processor in denoiser.attn_processors.values()}
+    if not all("XFormers" in name for name in names):
+        raise UserError(f"xformers was asked for, but the attention layers use {', '.join(sorted(names))}.")
 
 
 def with_denoiser(pipeline: Any, denoiser: nn.Module) -> Any:

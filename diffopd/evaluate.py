@@ -100,7 +100,7 @@ def tasks_of(cards: list[TeacherCard], num_prompts: int) -> list[Task]:
 
 
 def reference_contenders(recipe: Recipe, cards: list[TeacherCard]) -> list[Contender]:
-    """The base at several guidance scales, each teacher at its own steps and at the student's."""
+    """The base at several guidance scales, each teacher and their average at their own steps and the student's."""
     base = with_scheduler(load_pipeline(recipe.student.pretrained_model_name_or_path), recipe)
     freeze(base)
     pipelines = {}
@@ -115,6 +115,7 @@ def reference_contenders(recipe: Recipe, cards: list[TeacherCard]) -> list[Conte
         Contender("base", Call(shell(base), told, lambda: switch.bound(None)), steps, scale)
         for scale in recipe.evaluate.guidance_scales
     ]
+    found += _average(recipe, cards, base, switch)
     for settings, card in zip(recipe.teachers, cards, strict=True):
         if card.form in ("base", "ema"):  # the base is there already; an average of the student is not a reference
             continue
@@ -124,6 +125,17 @@ def reference_contenders(recipe: Recipe, cards: list[TeacherCard]) -> list[Conte
         for count in dict.fromkeys((card.num_inference_steps, recipe.student.num_inference_steps)):
             found.append(Contender(f"teacher:{card.name}", call, count, scale))
     return found
+
+
+def _average(recipe: Recipe, cards: list[TeacherCard], base: Any, switch: AdapterSwitch) -> list[Contender]:
+    """The weight average of the teachers, what merging them without training gives; only where all are LoRA."""
+    if len(cards) < 2 or any(card.form != "lora" for card in cards):
+        return []
+    names = [card.name for card in cards]
+    call = Call(shell(base), {**recipe.student.call}, lambda: switch.averaged(names))
+    scale = round(sum(card.guidance_scale for card in cards) / len(cards), 2)
+    counts = dict.fromkeys((max(card.num_inference_steps for card in cards), recipe.student.num_inference_steps))
+    return [Contender("average", call, count, scale) for count in counts]
 
 
 def _bound(switch: AdapterSwitch, card: TeacherCard) -> Callable[[], AbstractContextManager]:

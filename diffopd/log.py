@@ -9,6 +9,7 @@ from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColum
 from rich.progress import Progress as Bar
 
 from diffopd.checkpoint import Progress
+from diffopd.errors import UserError
 from diffopd.recipe import Recipe
 from diffopd.run_folder import RunFolder
 from diffopd.supervise import Watch
@@ -34,6 +35,7 @@ class TrainingLog:
             BarColumn(bar_width=20),
             TextColumn("{task.fields[note]}"),
         )
+        self._trackers = start_trackers(train.report_to, recipe, folder) if is_main else []
         self._bar = Bar(*columns, TimeElapsedColumn(), TimeRemainingColumn(), disable=not is_main)
         self._task = self._bar.add_task("distill", total=self._total, completed=self._done(), note="")
 
@@ -43,6 +45,8 @@ class TrainingLog:
 
     def __exit__(self, *exception: object) -> None:
         self._bar.stop()
+        for tracker in self._trackers:
+            tracker.finish()
 
     def update(self, losses: UpdateLosses, learning_rate: float, watch: Watch) -> None:
         """One finished update: a row in metrics.jsonl, the bar moves."""
@@ -78,6 +82,8 @@ class TrainingLog:
     def _write(self, **row: Any) -> None:
         if self._is_main:
             self._folder.append_metrics(row)
+        for tracker in self._trackers:
+            tracker.log(scalars(row), step=row["update"])
 
     def _done(self) -> float:
         return self._progress.seconds if self._by_time else self._progress.update
@@ -93,3 +99,37 @@ class TrainingLog:
         self._bar.update(
             self._task, completed=self._done(), note=f"{self._progress.update} | {losses} | {self._rate:.2f}/s"
         )
+
+
+def start_trackers(names: list[str], recipe: Recipe, folder: RunFolder) -> list[Any]:
+    """accelerate's trackers by name. Raises UserError for one whose package is not installed."""
+    if not names:
+        return []
+    from accelerate import PartialState, tracking
+
+    PartialState()  # its trackers ask it which process they are in
+    kinds = {
+        "tensorboard": lambda: tracking.TensorBoardTracker(recipe.name, logging_dir=folder.path / "tensorboard"),
+        "wandb": lambda: tracking.WandBTracker(recipe.name),
+        "trackio": lambda: tracking.TrackioTracker(recipe.name),
+    }
+    started = []
+    for name in names:
+        try:
+            tracker = kinds[name]()
+            tracker.start()
+        except ImportError as error:
+            raise UserError(f"train.report_to names {name!r}: pip install 'diffopd[{name}]' or remove it.") from error
+        started.append(tracker)
+    return started
+
+
+def scalars(row: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a metrics row under flat names, "update/loss_per_teacher/text"."""
+    flat: dict[str, float] = {}
+    for key, value in row.items():
+        if isinstance(value, dict):
+            flat |= {f"{row['kind']}/{key}/{k}": float(v) for k, v in value.items() if isinstance(v, (int, float))}
+        elif isinstance(value, (int, float)) and key != "update":
+            flat[f"{row['kind']}/{key}"] = float(value)
+    return flat

@@ -31,6 +31,8 @@ FREE_TO_CHANGE = {
     "train.patience",
     "train.resume_from_checkpoint",
     "train.mode",
+    "train.report_to",
+    "train.attention_backend",
 }
 
 

@@ -99,3 +99,22 @@ def test_a_teacher_walk_binds_its_adapter_only_between_pauses(cast):
     for visit in rollout(call):
         assert layer._active_adapter == [STUDENT]
         assert visit.index < 4
+
+
+def test_the_average_of_adapters_is_the_average_of_their_fused_weights(cast):
+    unet = cast.pipeline.unet
+    with cast.switch.averaged([STUDENT, "teacher"]):
+        averaged = answer(unet)
+    layers = [m for m in unet.modules() if hasattr(m, "get_delta_weight") and "teacher" in m.lora_A]
+    before = [layer.base_layer.weight.detach().clone() for layer in layers]
+    with torch.no_grad():
+        for layer in layers:
+            layer.base_layer.weight += 0.5 * (layer.get_delta_weight(STUDENT) + layer.get_delta_weight("teacher"))
+    with cast.switch.bound(None):
+        fused = answer(unet)
+    torch.testing.assert_close(averaged, fused, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        for layer, weight in zip(layers, before, strict=True):
+            layer.base_layer.weight.copy_(weight)
+    with cast.switch.bound(None):
+        assert not torch.allclose(answer(unet), fused, atol=1e-4)

@@ -278,3 +278,18 @@ def test_learning_rate_warms_up_and_falls_as_a_cosine(tiny_recipe):
     assert factors[1] == pytest.approx(0.5 * (1 + math.cos(math.pi * 0.09)))
     assert factors[2] == pytest.approx(0.5)
     assert factors[3] < 0.01
+
+
+def test_trackers_get_the_numbers_of_every_row(tiny_recipe):
+    pytest.importorskip("tensorboard")
+    folder = run_to_end(recipe_with(tiny_recipe, 'train.report_to=["tensorboard"]'))
+    assert list((folder.path / "tensorboard").rglob("events.*"))
+
+
+def test_a_tracker_or_backend_that_is_not_there_is_named_before_training(tiny_recipe, tmp_path):
+    with pytest.raises(UserError, match=r"diffopd\[xformers\]"):
+        run_to_end(recipe_with(tiny_recipe, 'train.attention_backend="xformers"', f'output_dir="{tmp_path}/a"'))
+    pytest.importorskip("accelerate")
+    if not __import__("importlib.util").util.find_spec("trackio"):
+        with pytest.raises(UserError, match=r"diffopd\[trackio\]"):
+            run_to_end(recipe_with(tiny_recipe, 'train.report_to=["trackio"]', f'output_dir="{tmp_path}/b"'))

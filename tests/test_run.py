@@ -50,6 +50,8 @@ def test_every_model_is_scored_on_every_task_at_its_settings(finished):
         ("teacher:dots", 2, 2.0),
         ("teacher:lines", 8, 1.0),
         ("teacher:lines", 2, 1.0),
+        ("average", 8, 1.5),
+        ("average", 2, 1.5),
         ("student", 2, 1.0),
     }
     assert len(rows) == 2 * len(settings)
