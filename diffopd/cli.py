@@ -55,6 +55,9 @@ def distill(
         typer.Option("--set", metavar="KEY=VALUE", help="Override, such as train.batch_size=8."),
     ] = None,
     output_dir: Annotated[Path | None, typer.Option(help="Run folder (default: the recipe's output_dir).")] = None,
+    processes: Annotated[
+        int, typer.Option(min=1, help="Train in this many processes; each adds its own batch to an update.")
+    ] = 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved plan and stop.")] = False,
 ) -> None:
     """Train a student, evaluate and export it, write the report. To resume, give the same command again."""
@@ -68,6 +71,10 @@ def distill(
     if dry_run:
         _show_plan(parts)
         return
+    if processes > 1 and "WORLD_SIZE" not in os.environ:
+        from diffopd.launch import launch
+
+        raise typer.Exit(launch(processes, sys.argv[1:]))
     folder = _run_folder(read, parts.hashes)
     from diffopd.distill import distill as train
 

@@ -25,7 +25,7 @@ from diffopd.drive import Call, Survey, denoiser_of, survey
 from diffopd.errors import UserError
 from diffopd.log import TrainingLog
 from diffopd.objective import get_objective
-from diffopd.processes import Processes, join_processes
+from diffopd.processes import Processes, default_device, join_processes
 from diffopd.query import supervised_states
 from diffopd.recipe import Recipe
 from diffopd.run_folder import RunFolder
@@ -63,7 +63,7 @@ def distill(recipe: Recipe, folder: RunFolder) -> bool:
     whose grid does not nest, and for a loss that stops being finite (the last checkpoint stays).
     """
     processes = join_processes()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = default_device()
     student, teachers = assemble(recipe, device)
     run = Run(recipe, student, teachers, _survey(student, teachers), processes, device)
     trained = _trained(run)
@@ -140,7 +140,7 @@ def one_update(run: Run, trained: Trained, watch: Watch) -> UpdateLosses:
         mine = run.processes.rows(run.rows_per_task)
         for start in range(mine.start, mine.stop, train.batch_size):
             numbers = list(range(start, min(start + train.batch_size, mine.stop)))
-            rows = [pick_row(teacher.train_rows, run, update, teacher.name, number) for number in numbers]
+            rows = [pick_row(run, teacher, update, slot, number) for number in numbers]
             scale = share / run.rows_per_task
 
             def backward(loss: Tensor, scale: float = scale) -> None:
@@ -215,11 +215,12 @@ def route(recipe: Recipe, teachers: list[Teacher], update: int) -> list[tuple[Te
     return [(teachers[index], 1.0 / draws) for index in chosen]
 
 
-def pick_row(rows: list[PromptRow], run: Run, update: int, task: str, number: int) -> PromptRow:
+def pick_row(run: Run, teacher: Teacher, update: int, slot: int, number: int) -> PromptRow:
     """The prompt of one row: every pass over the file is a fresh permutation, all a function of integers."""
-    position = update * run.rows_per_task + number
-    epoch, place = divmod(position, len(rows))
-    return rows[noise.permuted(place, len(rows), run.recipe.seed, epoch, task)]
+    draws, rows = run.recipe.train.tasks_per_update, teacher.train_rows
+    rounds = update if draws == "all" else update * draws + slot  # a task may be drawn twice in one update
+    epoch, place = divmod(rounds * run.rows_per_task + number, len(rows))
+    return rows[noise.permuted(place, len(rows), run.recipe.seed, epoch, teacher.name)]
 
 
 def walk_rows(

@@ -25,6 +25,7 @@ from diffopd.data import PromptRow, read_prompts
 from diffopd.drive import Call, denoiser_of, shell, survey
 from diffopd.load import load_full_denoiser, load_lora, load_pipeline, student_pipeline
 from diffopd.metrics import bootstrap_interval, diversity, ratio_interval
+from diffopd.processes import default_device
 from diffopd.recipe import Recipe
 from diffopd.run_folder import RunFolder, atomic_write
 from diffopd.teacher import TeacherCard, load_reward, teacher_card, weights_sha256
@@ -82,7 +83,7 @@ def evaluate_run(run_dir: Path, *, everything: bool = False) -> Path:
     cards = [teacher_card(settings.name, recipe.path) for settings in recipe.teachers]
     tasks = tasks_of(cards, recipe.evaluate.num_prompts)
     references = reference_contenders(recipe, cards) if recipe.evaluate.teachers else []
-    student = student_contender(recipe, student_pipeline(folder.path))
+    student = student_contender(recipe, student_pipeline(folder.path).to(default_device()))
     known = {} if everything else card_results(recipe, cards, tasks)
     wanted = [(c, t) for c in (*references, student) for t in tasks if (c.key, t.name) not in known]
     results = list(known.values()) + measure(wanted, recipe)
@@ -101,13 +102,15 @@ def tasks_of(cards: list[TeacherCard], num_prompts: int) -> list[Task]:
 
 def reference_contenders(recipe: Recipe, cards: list[TeacherCard]) -> list[Contender]:
     """The base at several guidance scales, each teacher and their average at their own steps and the student's."""
-    base = with_scheduler(load_pipeline(recipe.student.pretrained_model_name_or_path), recipe)
+    base = with_scheduler(load_pipeline(recipe.student.pretrained_model_name_or_path), recipe).to(default_device())
     freeze(base)
     pipelines = {}
     for card in cards:
         if card.form == "lora":
             load_lora(base, card, adapter_name=card.name)
-        pipelines[card.name] = with_denoiser(base, load_full_denoiser(base, card)) if card.form == "full" else base
+        pipelines[card.name] = (
+            with_denoiser(base, load_full_denoiser(base, card).to(base.device)) if card.form == "full" else base
+        )
     switch = AdapterSwitch(denoiser_of(base))
     steps = max(card.num_inference_steps for card in cards)
     told = {**recipe.student.call}
@@ -164,6 +167,7 @@ def pictures(contender: Contender, rows: list[PromptRow], task: str, seed: int, 
             update=EVALUATION,
             solver_step=noise.hash_of(task),
             sample_indices=range(start, start + len(part)),
+            device=call.pipeline.device,
         )
         arguments = {**call.arguments, "prompt": [row.prompt for row in part], "latents": latents}
         generator = torch.Generator().manual_seed(noise.hash_of(seed, task, start))

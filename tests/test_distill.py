@@ -223,7 +223,7 @@ def test_each_pass_over_the_prompts_visits_every_row_once_in_another_order(tiny_
     teacher = run.teachers[0]
     passes = []
     for epoch in range(4):
-        seen = [loop.pick_row(teacher.train_rows, run, 2 * epoch + u, teacher.name, n) for u in (0, 1) for n in (0, 1)]
+        seen = [loop.pick_row(run, teacher, 2 * epoch + u, 0, n) for u in (0, 1) for n in (0, 1)]
         passes.append([row.prompt for row in seen])
         assert sorted(passes[-1]) == sorted(row.prompt for row in teacher.train_rows)
     assert len({tuple(p) for p in passes}) > 1
@@ -293,3 +293,49 @@ def test_a_tracker_or_backend_that_is_not_there_is_named_before_training(tiny_re
     if not __import__("importlib.util").util.find_spec("trackio"):
         with pytest.raises(UserError, match=r"diffopd\[trackio\]"):
             run_to_end(recipe_with(tiny_recipe, 'train.report_to=["trackio"]', f'output_dir="{tmp_path}/b"'))
+
+
+def test_the_command_in_two_processes_is_the_command_with_a_doubled_batch(tiny_recipe, tmp_path):
+    """`--processes 2` at batch 2 and one process at batch 4 train the same weights."""
+    paths = {}
+    for name, extra in {"one": ["--set", "train.batch_size=4"], "two": ["--processes", "2"]}.items():
+        paths[name] = tmp_path / name
+        command = [sys.executable, "-m", "diffopd.cli", "distill", str(tiny_recipe), "--output-dir", str(paths[name])]
+        done = subprocess.run([*command, *extra], capture_output=True, text=True, cwd=ROOT, timeout=280)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert (paths[name] / "report.html").is_file()
+    one, two = (load_file(path / "checkpoint-2" / "pytorch_lora_weights.safetensors") for path in paths.values())
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-5)
+
+
+def test_a_failing_process_ends_the_others_with_its_exit_code(tiny_recipe, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("keep")
+    command = [sys.executable, "-m", "diffopd.cli", "distill", str(tiny_recipe), "--processes", "2"]
+    done = subprocess.run(
+        [*command, "--output-dir", str(tmp_path / "full")], capture_output=True, text=True, cwd=ROOT, timeout=200
+    )
+    assert done.returncode == 2
+    assert "is not empty" in done.stderr and "Traceback" not in done.stderr
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine.txt"]
+
+
+def test_bf16_autocast_gives_the_float32_gradients_to_bf16_precision(tiny_recipe):
+    plain = gradients_of(recipe_with(tiny_recipe, NO_CLIP))
+    recipe = recipe_with(tiny_recipe, NO_CLIP, 'train.mixed_precision="bf16"')
+    run, trained = prepared(recipe)
+    with loop.autocast_forward(loop.denoiser_of(run.student.pipeline), torch.bfloat16):
+        loop.one_update(run, trained, Watch())
+    a = torch.cat([g.flatten() for g in plain.values()])
+    b = torch.cat([p.grad.flatten() for p in run.student.parameters.values()])
+    assert b.dtype == torch.float32
+    assert not torch.equal(a, b)
+    assert float(torch.nn.functional.cosine_similarity(a, b, dim=0)) > 0.99
+
+
+def test_a_task_drawn_twice_in_one_update_is_asked_other_prompts(tiny_recipe):
+    run, _ = prepared(recipe_with(tiny_recipe, "train.tasks_per_update=2"))
+    teacher = run.teachers[0]
+    first, second = ([loop.pick_row(run, teacher, 0, slot, n).prompt for n in (0, 1)] for slot in (0, 1))
+    assert set(first).isdisjoint(second)

@@ -1,0 +1,61 @@
+"""Several processes on this machine, started and ended together: what `diffopd distill --processes N` does."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+
+POLL_SECONDS = 0.2
+GRACE_SECONDS = 30.0
+
+
+def launch(count: int, arguments: list[str]) -> int:
+    """Run `diffopd ARGUMENTS` in `count` processes of one group; returns the first failure's exit code, else 0.
+
+    Only the first process writes to the terminal, errors of all come through. When one fails the others are ended:
+    they would wait for it for ever. Ctrl-C reaches all of them (one terminal); they save and stop by themselves.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    group = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = [sys.executable, "-m", "diffopd.cli", *arguments]
+    started = [
+        subprocess.Popen(
+            command,
+            env={**os.environ, **group, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=None if rank == 0 else subprocess.DEVNULL,
+        )
+        for rank in range(count)
+    ]
+    try:
+        return _wait(started)
+    except KeyboardInterrupt:
+        return _end(started, 130)
+
+
+def _wait(started: list[subprocess.Popen[bytes]]) -> int:
+    while True:
+        codes = [process.poll() for process in started]
+        failed = [code for code in codes if code]
+        if failed:
+            return _end(started, failed[0], terminate=True)
+        if all(code == 0 for code in codes):
+            return 0
+        time.sleep(POLL_SECONDS)
+
+
+def _end(started: list[subprocess.Popen[bytes]], code: int, *, terminate: bool = False) -> int:
+    deadline = time.monotonic() + GRACE_SECONDS
+    for process in started:
+        if terminate and process.poll() is None:
+            process.terminate()
+    for process in started:
+        try:
+            process.wait(max(0.1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+    return code
