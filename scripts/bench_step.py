@@ -12,12 +12,14 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import resource
 import statistics
 import sys
+import threading
 import time
+from collections.abc import Callable
 from typing import Annotated, Any
 
+import psutil
 import torch
 import typer
 
@@ -54,7 +56,9 @@ def build(geometry: str, dtype: torch.dtype, device: str, rank: int) -> tuple[An
     from diffopd.drive import Call, denoiser_of, shell
 
     pipeline = random_pipeline(geometry) if geometry in GEOMETRIES else load(geometry)
-    pipeline.to(device, dtype)
+    pipeline.unet.to(device, dtype)
+    pipeline.vae.to(device, dtype)
+    pipeline.set_progress_bar_config(disable=True)
     freeze(pipeline)
     denoiser = denoiser_of(pipeline)
     targets = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -91,6 +95,7 @@ def random_pipeline(geometry: str) -> Any:
         clip_sample=False,
         set_alpha_to_one=False,
         timestep_spacing="trailing",
+        steps_offset=1,
         prediction_type="v_prediction",
     )
     return StableDiffusionPipeline(
@@ -166,9 +171,26 @@ def peak_memory(queue: Any, options: dict[str, Any], two_pass: bool) -> None:
         one_step(student, teacher, batch=options["batch"], two_pass=two_pass, **run)
         queue.put(torch.cuda.max_memory_allocated() - before)
         return
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    one_step(student, teacher, batch=options["batch"], two_pass=two_pass, **run)
-    queue.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+    queue.put(resident_peak(lambda: one_step(student, teacher, batch=options["batch"], two_pass=two_pass, **run)))
+
+
+def resident_peak(work: Callable[[], Any]) -> int:
+    """Bytes by which the resident memory rises at most while `work` runs, looked at every millisecond."""
+    process, done, seen = psutil.Process(), threading.Event(), []
+
+    def look() -> None:
+        while not done.is_set():
+            seen.append(process.memory_info().rss)
+            time.sleep(0.001)
+
+    before, watcher = process.memory_info().rss, threading.Thread(target=look)
+    watcher.start()
+    try:
+        work()
+    finally:
+        done.set()
+        watcher.join()
+    return max(0, max(seen) - before)
 
 
 def measured_peak(options: dict[str, Any], two_pass: bool) -> int:

@@ -1,0 +1,292 @@
+"""report.html of a run: what was run, scores, losses, pictures and timing on one self-contained page.
+
+It reads the run folder only (and the teachers' cards where they are still there); no torch, no weights.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections import Counter, defaultdict
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from PIL import Image, UnidentifiedImageError
+
+from diffopd import charts
+from diffopd.charts import Series
+from diffopd.errors import UserError
+from diffopd.recipe import Recipe, TeacherSettings
+from diffopd.run_folder import RunFolder
+from diffopd.teacher import TeacherCard, teacher_card
+
+NUM_COLORS = 6  # --c0 .. --c5 of the template
+LARGEST_PICTURE = 256  # pixels; larger ones are reduced, for the page carries every picture
+STAGES = ("teacher", "student", "objective", "backward", "optimizer")
+Row = dict[str, Any]
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write run_dir/report.html from what the run folder holds so far and return its path.
+
+    Parts that are not there yet (no evaluation, no trajectory) are named on the page. Raises UserError for a
+    folder that holds no run.
+    """
+    folder = RunFolder.open(run_dir)
+    loader = FileSystemLoader(Path(__file__).parent)
+    pages = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    pages.filters |= {"duration": duration, "score": "{:.3f}".format, "percent": lambda x: f"{100 * x:.1f}"}
+    return folder.write("report.html", pages.get_template("report.html.j2").render(page_context(folder)))
+
+
+def page_context(folder: RunFolder) -> dict[str, Any]:
+    """Everything the template shows."""
+    recipe, metrics = folder.recipe(), folder.metrics()
+    updates = [row for row in metrics if row["kind"] == "update"]
+    scores = (read_json(folder.path / "evaluation" / "scores.json") or {}).get("rows", [])
+    teachers = [_teacher(settings, recipe, scores, folder.hashes()) for settings in recipe.teachers]
+    colors = {teacher["name"]: f"var(--c{i % NUM_COLORS})" for i, teacher in enumerate(teachers)}
+    checks = [row for row in metrics if row["kind"] == "validation"]
+    return {
+        "recipe": recipe,
+        "recipe_text": (folder.path / "recipe.toml").read_text(encoding="utf-8"),
+        "resolved": json.dumps(recipe.resolved(), indent=2),
+        "versions": folder.versions(),
+        "hashes": folder.hashes(),
+        "teachers": teachers,
+        "colors": colors,
+        "stop": next((row["reason"] for row in reversed(metrics) if row["kind"] == "stop"), None),
+        "last": updates[-1] if updates else None,
+        "ratios": student_ratios(scores, list(colors)),
+        "table": score_table(scores, list(colors)),
+        "losses": charts.line_chart(loss_lines(updates, colors)),
+        "state_losses": {name: charts.line_chart(lines, ends=True) for name, lines in state_lines(updates, colors)},
+        "held_out": charts.line_chart(loss_lines(checks, colors), smooth=False, dots=True),
+        "grid": picture_grid(folder.path),
+        "trajectories": trajectories(folder.path),
+        "timing": timing(updates),
+        "interval_bar": charts.interval_bar,
+    }
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file, None where it is missing or cut short."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+
+
+def duration(seconds: float) -> str:
+    """'0.25 s', '48 s', '10 min 3 s', '2 h 5 min', with spaces that do not break."""
+    minutes, rest = divmod(round(seconds), 60)
+    if seconds < 10:
+        text = f"{seconds:.3g} s"
+    elif minutes == 0:
+        text = f"{rest} s"
+    elif minutes < 60:
+        text = f"{minutes} min {rest} s" if rest else f"{minutes} min"
+    else:
+        text = f"{minutes // 60} h {minutes % 60} min"
+    return text.replace(" ", "\N{NO-BREAK SPACE}")
+
+
+# What was run.
+
+
+def _teacher(settings: TeacherSettings, recipe: Recipe, scores: list[Row], hashes: dict[str, str]) -> Row:
+    """A teacher as it taught: the recipe's settings first, then its card's, then what the evaluation used."""
+    try:
+        card: TeacherCard | None = teacher_card(settings.name, recipe.path)
+    except UserError:  # the teacher has moved since; the run folder still knows most of it
+        card = None
+    name = card.name if card else Path(settings.name).name
+    own = max(
+        (r for r in scores if r["model"] == f"teacher:{name}"), key=lambda r: r["num_inference_steps"], default={}
+    )
+    row = {"name": name, "weight": settings.weight, "form": card.form if card else None}
+    for key in ("guidance_scale", "num_inference_steps"):
+        asked = getattr(settings, key)
+        row[key] = asked if asked is not None else getattr(card, key) if card else own.get(key)
+    row["hash"] = next((digest for file, digest in hashes.items() if file.startswith(f"{name}/")), None)
+    return row
+
+
+# Scores.
+
+
+@dataclass(frozen=True)
+class ScoreRow:
+    """One model at one setting: its result per task, where it was scored."""
+
+    model: str
+    steps: int
+    guidance: float
+    cells: dict[str, Row]
+
+    @property
+    def kind(self) -> str:
+        return self.model.partition(":")[0]
+
+    @property
+    def name(self) -> str:
+        """The teacher's name, or 'base', 'student'."""
+        return self.model.partition(":")[2] or self.model
+
+
+def score_table(rows: list[Row], teachers: list[str]) -> dict[str, Any] | None:
+    """Tasks (columns) and ScoreRows (base, teachers, student; their cells), None without any score."""
+    if not rows:
+        return None
+    order = {"base": -1, **{f"teacher:{name}": i for i, name in enumerate(teachers)}, "student": len(teachers) + 1}
+    found: dict[tuple[str, int, float], dict[str, Row]] = defaultdict(dict)
+    for row in rows:
+        found[row["model"], row["num_inference_steps"], row["guidance_scale"]][row["task"]] = row
+    table = [ScoreRow(*key, cells) for key, cells in found.items()]
+    table.sort(key=lambda row: (order.get(row.model, len(teachers)), -row.steps, row.guidance))
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    of_base = [[row for row in rows if row["model"] == "base" and row["task"] == task] for task in tasks]
+    best = [max(group, key=lambda row: row["score"]) for group in of_base if len(group) > 1]
+    return {
+        "tasks": sorted(tasks, key=lambda task: order.get(f"teacher:{task}", len(teachers))),
+        "rows": table,
+        "best_of": lambda cell: any(cell is row for row in best),
+        "num_prompts": sorted({row["num_prompts"] for row in rows}),
+        "seeds": sorted({seed for row in rows for seed in row["seeds"]}),
+        "has_cards": any(row.get("source") == "card" for row in rows),
+    }
+
+
+def student_ratios(rows: list[Row], teachers: list[str]) -> list[Row]:
+    """Per teacher: the student's score on its task as a share of the teacher's own at its most steps."""
+    found = []
+    for name in teachers:
+        on_task = [row for row in rows if row["task"] == name]
+        student = next((row for row in on_task if row["model"] == "student"), None)
+        own = [row for row in on_task if row["model"] == f"teacher:{name}"]
+        if student is None or not own:
+            continue
+        teacher = max(own, key=lambda row: row["num_inference_steps"])
+        if teacher["score"]:
+            given = {"value": student["score"] / teacher["score"], "interval": None} | student.get("ratio", {})
+            found.append({"name": name, "student": student, "teacher": teacher, **given})
+    return found
+
+
+# Losses.
+
+
+def loss_lines(rows: list[Row], colors: dict[str, str]) -> list[Series]:
+    """One line per teacher over updates."""
+    return [
+        Series(name, [(r["update"], r["loss_per_teacher"][name]) for r in rows if name in r["loss_per_teacher"]], color)
+        for name, color in colors.items()
+    ]
+
+
+def state_lines(rows: list[Row], colors: dict[str, str]) -> list[tuple[str, list[Series]]]:
+    """Per teacher one line per state of the student's walk; later states fade."""
+    found = []
+    for name, color in colors.items():
+        points: dict[int, list[charts.Point]] = defaultdict(list)
+        for row in rows:
+            values = row.get("loss_per_step", {}).get(name, [])
+            states = row.get("steps", {}).get(name, range(len(values)))
+            for state, value in zip(states, values, strict=True):
+                points[state].append((row["update"], value))
+        shades = {state: round(100 - 52 * i / max(len(points) - 1, 1)) for i, state in enumerate(sorted(points))}
+        mixed = "color-mix(in oklab, {} {}%, var(--paper))".format
+        lines = [Series(str(state), points[state], mixed(color, shade)) for state, shade in shades.items()]
+        if lines:
+            found.append((name, lines))
+    return found
+
+
+# Pictures.
+
+
+def picture(root: Path, file: str) -> Row | None:
+    """A picture below `root` as a data URI with its size, None where there is none that can be read."""
+    path = (root / file).resolve()
+    if not path.is_relative_to(root.resolve()):
+        return None
+    try:
+        with Image.open(path) as opened:
+            image = opened.convert("RGB")
+    except (FileNotFoundError, IsADirectoryError, UnidentifiedImageError):
+        return None
+    image.thumbnail((LARGEST_PICTURE, LARGEST_PICTURE))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True)
+    return {"uri": f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}", "width": image.width}
+
+
+def picture_grid(run: Path) -> dict[str, list[Row]]:
+    """task -> prompts, each with the pictures of base, teachers and student."""
+    entries = read_json(run / "evaluation" / "grid" / "index.json") or []
+    order = {"base": 0, "student": 2}
+    found: dict[str, list[Row]] = defaultdict(list)
+    for entry in entries:
+        models = sorted(entry["models"].items(), key=lambda item: order.get(item[0], 1))
+        shown = [
+            {"model": name.removeprefix("teacher-"), "is_teacher": name.startswith("teacher-"), "score": said["score"]}
+            | {"picture": picture(run / "evaluation", said["file"])}
+            for name, said in models
+        ]
+        found[entry["task"]].append({"prompt": entry["prompt"], "models": shown})
+    return dict(found)
+
+
+def trajectories(run: Path) -> dict[str, list[Row]]:
+    """teacher -> prompts, each with its sides' pictures by step: student first, then teacher."""
+    entries = read_json(run / "samples" / "trajectory.json") or []
+    found: dict[tuple[str, str, int], dict[str, list[Row]]] = defaultdict(lambda: {"student": [], "teacher": []})
+    seen: Counter[tuple] = Counter()
+    for entry in sorted(entries, key=lambda entry: entry["step"]):
+        place = tuple(entry[key] for key in ("teacher", "prompt", "side", "step"))
+        sides = found[entry["teacher"], entry["prompt"], seen[place]]  # the same prompt may be there twice
+        sides[entry["side"]].append(entry | {"picture": picture(run / "samples", entry["file"])})
+        seen[place] += 1
+    by_teacher: dict[str, list[Row]] = defaultdict(list)
+    for (teacher, prompt, _), sides in found.items():
+        told = {side: steps for side, steps in sides.items() if steps}
+        by_teacher[teacher].append({"prompt": prompt, "sides": told})
+    return dict(by_teacher)
+
+
+# Timing.
+
+
+def timing(updates: list[Row]) -> dict[str, Any] | None:
+    """Seconds per stage, the rest of the wall clock, network calls per picture and rates; None without updates."""
+    if not updates:
+        return None
+    seconds, images = updates[-1]["seconds"], updates[-1]["images"]
+    add = partial(_sum_of, updates)
+    stages, calls = add("stage_seconds"), add("network_calls")
+    named = {name: stages.pop(name) for name in STAGES if name in stages} | stages
+    rest = seconds - sum(named.values())
+    parts = named | ({"the rest": rest} if rest > 0.005 * seconds else {})
+    shades = [f"color-mix(in oklab, var(--accent) {max(92 - 17 * i, 10)}%, var(--paper))" for i in range(len(parts))]
+    rows = [(name, value, shade) for (name, value), shade in zip(parts.items(), shades, strict=True)]
+    return {
+        "bar": charts.stacked_bar(rows),
+        "rows": rows,
+        "total": sum(parts.values()) or 1.0,
+        "updates": len(updates),
+        "calls": {side: count / images for side, count in calls.items()} if images else {},
+        "images": images,
+        "images_per_second": images / seconds if seconds else 0.0,
+    }
+
+
+def _sum_of(rows: list[Row], key: str) -> dict[str, float]:
+    total: dict[str, float] = defaultdict(float)
+    for row in rows:
+        for name, value in row.get(key, {}).items():
+            total[name] += value
+    return dict(total)
