@@ -84,7 +84,12 @@ def distill(
 
 
 @app.command()
-def evaluate(run: RunArgument) -> None:
+def evaluate(
+    run: RunArgument,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Measure base and teachers too, instead of taking their cards' scores.")
+    ] = False,
+) -> None:
     """Score base, teachers and student of a run again, on the same prompts and seeds."""
     from diffopd.run_folder import RunFolder
 
@@ -92,7 +97,7 @@ def evaluate(run: RunArgument) -> None:
     _quiet_libraries()
     from diffopd.evaluate import evaluate_run
 
-    evaluate_run(path)
+    evaluate_run(path, everything=everything)
 
 
 @app.command()

@@ -1,7 +1,8 @@
 """Scores of base, teachers and student on the same held-out prompts with the same seeds.
 
 Every model is asked for every task, at its own settings. Scores of shipped references (base and teachers) come from
-their cards when the hashes of the weights are those of the card; `everything` measures them again.
+their cards when the hashes of the weights are those of the card; `everything` measures them again, and the weight
+average of the teachers with them.
 """
 
 from __future__ import annotations
@@ -84,6 +85,8 @@ def evaluate_run(run_dir: Path, *, everything: bool = False) -> Path:
     tasks = tasks_of(cards, recipe.evaluate.num_prompts)
     references = reference_contenders(recipe, cards) if recipe.evaluate.teachers else []
     student = student_contender(recipe, student_pipeline(folder.path).to(default_device()))
+    if not everything:
+        references = [c for c in references if c.model != "average"]
     known = {} if everything else card_results(recipe, cards, tasks)
     wanted = [(c, t) for c in (*references, student) for t in tasks if (c.key, t.name) not in known]
     results = list(known.values()) + measure(wanted, recipe)

@@ -32,7 +32,7 @@ def finished(tmp_path_factory, tiny_sd, tiny_teachers):
     """A trained and evaluated run of both tiny teachers."""
     place = tmp_path_factory.mktemp("finished")
     path = train(tiny.write_recipe(place / "r.toml", tiny_sd, tiny_teachers), "train.learning_rate=1e-2")
-    evaluate_run(path)
+    evaluate_run(path, everything=True)
     return path
 
 
