@@ -23,7 +23,7 @@ from diffopd.adapters import (
 from diffopd.data import PromptRow, read_prompts
 from diffopd.drive import Call, denoiser_name, denoiser_of, shell
 from diffopd.errors import UserError
-from diffopd.load import load_full_denoiser, load_lora, load_pipeline
+from diffopd.load import load_full_denoiser, load_fused_denoiser, load_lora, load_pipeline
 from diffopd.recipe import Recipe, TeacherSettings
 from diffopd.teacher import TeacherCard, lora_file, teacher_card
 
@@ -69,8 +69,9 @@ def assemble(recipe: Recipe, device: str) -> tuple[Student, list[Teacher]]:
     if not is_lora:  # the student's trunk will move; adapters of teachers need one that stays
         student_pipeline = with_denoiser(base, copy.deepcopy(trunk))
     cards = [teacher_card(settings.name, recipe.path) for settings in recipe.teachers]
+    own = own_denoisers(base, cards, fuse=recipe.train.fuse_teachers)
     for card in cards:
-        if card.form == "lora":
+        if card.form == "lora" and card.name not in own:
             load_lora(base, card, adapter_name=card.name)
     parameters = _trainable(recipe, student_pipeline)
     if recipe.train.attention_backend == "xformers":
@@ -78,18 +79,31 @@ def assemble(recipe: Recipe, device: str) -> tuple[Student, list[Teacher]]:
     if recipe.train.gradient_checkpointing:
         denoiser_of(student_pipeline).enable_gradient_checkpointing()
     teachers = [
-        _teacher(recipe, settings, card, base, student_pipeline, parameters)
+        _teacher(recipe, settings, card, own.get(card.name), base, student_pipeline, parameters)
         for settings, card in zip(recipe.teachers, cards, strict=True)
     ]
     switch = AdapterSwitch(trunk)  # after every adapter exists: it lists the layers once
     for teacher in teachers:
-        teacher.call = Call(teacher.call.pipeline, teacher.call.arguments, _binding(teacher, switch, is_lora))
+        teacher.call = Call(teacher.call.pipeline, teacher.call.arguments, _binding(teacher, switch, own, is_lora))
     if is_lora:
         switch.select(STUDENT)
     for parameter in parameters.values():  # peft freezes every adapter but the last one added
         parameter.requires_grad_(True)
     call = Call(student_pipeline, student_arguments(recipe))
     return Student(call, student_pipeline, parameters, is_lora), teachers
+
+
+def own_denoisers(base: Any, cards: list[TeacherCard], *, fuse: bool) -> dict[str, nn.Module]:
+    """Teacher -> a frozen denoiser of its own: full checkpoints and, with `fuse`, LoRA teachers fused into a copy.
+
+    Call it before the base carries any adapter. Raises UserError for weights that do not fit.
+    """
+    own = {}
+    for card in cards:
+        if card.form == "full" or (fuse and card.form == "lora"):
+            denoiser = load_full_denoiser(base, card) if card.form == "full" else load_fused_denoiser(base, card)
+            own[card.name] = denoiser.requires_grad_(False).eval().to(base.device)
+    return own
 
 
 def student_arguments(recipe: Recipe) -> dict[str, Any]:
@@ -162,15 +176,12 @@ def _teacher(
     recipe: Recipe,
     settings: TeacherSettings,
     card: TeacherCard,
+    own: nn.Module | None,
     base: Any,
     student_pipeline: Any,
     parameters: dict[str, nn.Parameter],
 ) -> Teacher:
-    pipeline, follow = shell(base), None
-    if card.form == "full":
-        denoiser = load_full_denoiser(base, card)
-        denoiser.requires_grad_(False).eval().to(base.device)
-        pipeline = with_denoiser(base, denoiser)
+    pipeline, follow = shell(base) if own is None else with_denoiser(base, own), None
     if card.form == "ema":
         pipeline, follow = _self_teacher(recipe, settings, base, student_pipeline, parameters)
     guidance = settings.guidance_scale if settings.guidance_scale is not None else card.guidance_scale
@@ -197,7 +208,9 @@ def _self_teacher(
     return shell(base), (average, mirrored)
 
 
-def _binding(teacher: Teacher, switch: AdapterSwitch, is_lora: bool) -> partial[AbstractContextManager]:
-    """What holds while this teacher's networks run. A full checkpoint has layers of its own: nothing to switch."""
-    own = {"lora": teacher.card.name, "ema": SELF_TEACHER if is_lora else None}
-    return partial(switch.bound, own.get(teacher.card.form))
+def _binding(
+    teacher: Teacher, switch: AdapterSwitch, own: dict[str, nn.Module], is_lora: bool
+) -> partial[AbstractContextManager]:
+    """What holds while this teacher's networks run. A denoiser of its own needs no adapter of the trunk."""
+    adapters = {"lora": teacher.card.name, "ema": SELF_TEACHER if is_lora else None}
+    return partial(switch.bound, None if teacher.name in own else adapters.get(teacher.card.form))

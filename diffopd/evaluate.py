@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,10 @@ from rich.progress import Progress
 
 from diffopd import noise
 from diffopd.adapters import AdapterSwitch, freeze
-from diffopd.assemble import student_arguments, with_denoiser, with_scheduler
+from diffopd.assemble import own_denoisers, student_arguments, with_denoiser, with_scheduler
 from diffopd.data import PromptRow, read_prompts
 from diffopd.drive import Call, denoiser_of, shell, survey
-from diffopd.load import load_full_denoiser, load_lora, load_pipeline, student_pipeline
+from diffopd.load import load_lora, load_pipeline, student_pipeline
 from diffopd.metrics import bootstrap_interval, diversity, ratio_interval
 from diffopd.processes import default_device
 from diffopd.recipe import Recipe
@@ -107,13 +108,10 @@ def reference_contenders(recipe: Recipe, cards: list[TeacherCard]) -> list[Conte
     """The base at several guidance scales, each teacher and their average at their own steps and the student's."""
     base = with_scheduler(load_pipeline(recipe.student.pretrained_model_name_or_path), recipe).to(default_device())
     freeze(base)
-    pipelines = {}
+    own = own_denoisers(base, cards, fuse=recipe.train.fuse_teachers)
     for card in cards:
         if card.form == "lora":
             load_lora(base, card, adapter_name=card.name)
-        pipelines[card.name] = (
-            with_denoiser(base, load_full_denoiser(base, card).to(base.device)) if card.form == "full" else base
-        )
     switch = AdapterSwitch(denoiser_of(base))
     steps = max(card.num_inference_steps for card in cards)
     told = {**recipe.student.call}
@@ -126,8 +124,10 @@ def reference_contenders(recipe: Recipe, cards: list[TeacherCard]) -> list[Conte
         if card.form in ("base", "ema"):  # the base is there already; an average of the student is not a reference
             continue
         scale = settings.guidance_scale if settings.guidance_scale is not None else card.guidance_scale
-        binding = _bound(switch, card)
-        call = Call(shell(pipelines[card.name]), {**settings.call}, binding)
+        has_own = card.name in own
+        pipeline = with_denoiser(base, own[card.name]) if has_own else shell(base)
+        binding = nullcontext if has_own else partial(switch.bound, card.name)
+        call = Call(pipeline, {**settings.call}, binding)
         for count in dict.fromkeys((card.num_inference_steps, recipe.student.num_inference_steps)):
             found.append(Contender(f"teacher:{card.name}", call, count, scale))
     return found
@@ -142,12 +142,6 @@ def _average(recipe: Recipe, cards: list[TeacherCard], base: Any, switch: Adapte
     scale = round(sum(card.guidance_scale for card in cards) / len(cards), 2)
     counts = dict.fromkeys((max(card.num_inference_steps for card in cards), recipe.student.num_inference_steps))
     return [Contender("average", call, count, scale) for count in counts]
-
-
-def _bound(switch: AdapterSwitch, card: TeacherCard) -> Callable[[], AbstractContextManager]:
-    if card.form == "full":
-        return nullcontext
-    return lambda: switch.bound(card.name)
 
 
 def student_contender(recipe: Recipe, pipeline: Any) -> Contender:

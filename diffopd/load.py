@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from diffopd.adapters import adapter_parameters
-from diffopd.drive import denoiser_name, denoiser_of
+from diffopd.drive import denoiser_name, denoiser_of, shell
 from diffopd.errors import UserError
 from diffopd.locate import find_pipeline
 from diffopd.run_folder import RunFolder
@@ -73,6 +74,18 @@ def load_full_denoiser(base: Any, card: TeacherCard) -> nn.Module:
             raise UserError(f"{path}: cannot be loaded as {kind.__name__}: {_first_lines(error)}") from error
 
 
+def load_fused_denoiser(base: Any, card: TeacherCard) -> nn.Module:
+    """A copy of the base's denoiser with a LoRA teacher fused into its weights: no adapter's cost at each forward.
+
+    The base must carry no adapter yet. Raises UserError as `load_lora` does.
+    """
+    other = shell(base)
+    other.register_modules(**{denoiser_name(base): copy.deepcopy(denoiser_of(base))})
+    load_lora(other, card, adapter_name=card.name)
+    _fuse(other)
+    return denoiser_of(other)
+
+
 def student_pipeline(run_dir: Path, step: int | None = None) -> Any:
     """A run's student as a plain stock pipeline: adapter fused and unloaded, scheduler of the recipe.
 
@@ -88,15 +101,20 @@ def student_pipeline(run_dir: Path, step: int | None = None) -> Any:
     pipeline = with_scheduler(load_pipeline(recipe.student.pretrained_model_name_or_path), recipe)
     if recipe.student.train == "lora":
         load_lora(pipeline, str(checkpoint / LORA_FILE), "default")
-        pipeline.fuse_lora()
-        pipeline.unload_lora_weights()
-        for parameter in denoiser_of(pipeline).parameters():  # as a reload has them: strides choose the kernels
-            parameter.data = parameter.data.contiguous().clone()
+        _fuse(pipeline)
     else:
         name = denoiser_name(pipeline)
         trained = type(denoiser_of(pipeline)).from_pretrained(checkpoint / name, use_safetensors=True)
         pipeline.register_modules(**{name: trained})
     return pipeline
+
+
+def _fuse(pipeline: Any) -> None:
+    """The pipeline's adapter goes into its denoiser's weights."""
+    pipeline.fuse_lora()
+    pipeline.unload_lora_weights()
+    for parameter in denoiser_of(pipeline).parameters():  # as a reload has them: strides choose the kernels
+        parameter.data = parameter.data.contiguous().clone()
 
 
 def _refuse_unused(file: Path, loaded: int, component: str) -> None:

@@ -125,7 +125,7 @@ def _sizes(parts: Parts) -> tuple[int, dict[str, int]]:
     memory = {
         "base denoiser": BYTES * trunk,
         "its other components": BYTES * others,
-        "teachers": BYTES * sum(map(_teacher_size, parts.cards)),
+        "teachers": BYTES * sum(_teacher_size(card, trunk if recipe.train.fuse_teachers else 0) for card in parts.cards),
         "trained weights": BYTES * trained,
         "gradients and AdamW": 3 * BYTES * trained,
         "averages": BYTES * trained * averages,
@@ -144,7 +144,9 @@ def _lora_size(parts: Parts, denoiser: Any) -> int:
         raise UserError(f"{place}: no layer of the base matches student.target_modules: {error}") from error
 
 
-def _teacher_size(card: Any) -> int:
+def _teacher_size(card: Any, fused: int) -> int:
+    if fused and card.form == "lora":
+        return fused
     if card.weights is None or card.hub_weights:
         return 0
     return sum(num_values(file) for file in weight_files(card.weights_path()))

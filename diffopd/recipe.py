@@ -156,6 +156,7 @@ class TrainSettings(Settings):
     ema_decay: Fraction = 0.0
     mixed_precision: Literal["no", "bf16"] = "no"
     gradient_checkpointing: bool = False
+    fuse_teachers: bool = False
     attention_backend: Literal["default", "xformers"] = "default"
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = []
     mode: Literal["streaming", "two_pass"] = "streaming"

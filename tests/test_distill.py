@@ -252,6 +252,19 @@ def test_every_teacher_form_teaches(form, tiny_sd, tiny_teachers, tmp_path):
     assert last["loss_per_teacher"][f"by_{form}"] > 0
 
 
+def test_fused_teachers_teach_what_their_adapters_do(tiny_recipe):
+    shared = gradients_of(recipe_with(tiny_recipe))
+    fused = recipe_with(tiny_recipe, "train.fuse_teachers=true")
+    run, _ = prepared(fused)
+    layers = [type(module).__name__ for t in run.teachers for module in t.call.pipeline.unet.modules()]
+    assert not any(name.startswith("lora") or "Lora" in name for name in layers)
+    own = gradients_of(fused)
+    scale = max(float(g.abs().max()) for g in shared.values())
+    assert max(float((own[name] - shared[name]).abs().max()) for name in shared) <= 1e-4 * scale
+    base = gradients_of(recipe_with(tiny_recipe, "teachers.0.guidance_scale=9.0"))
+    assert max(float((base[name] - shared[name]).abs().max()) for name in shared) > 1e-2 * scale
+
+
 def test_an_ema_teacher_follows_the_student(tiny_sd, tmp_path):
     import tiny
 
