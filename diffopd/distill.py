@@ -114,7 +114,7 @@ def _updates(run: Run, trained: Trained, folder: RunFolder, log: TrainingLog) ->
             watch = Watch()
             losses = one_update(run, trained, watch)
             progress.update += 1
-            progress.seconds = time.monotonic() - began
+            progress.seconds = run.processes.of_main(time.monotonic() - began)  # schedules must not differ
             log.update(losses, trained.optimizer.param_groups[0]["lr"], watch)
             if train.validate_every and progress.update % train.validate_every == 0:
                 log.validation(_validate(run, trained))

@@ -22,11 +22,12 @@ def launch(count: int, arguments: list[str]) -> int:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     group = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    share = str(max(1, (os.cpu_count() or 1) // count))  # threads of processes that fight over cores are far slower
     command = [sys.executable, "-m", "diffopd.cli", *arguments]
     started = [
         subprocess.Popen(
             command,
-            env={**os.environ, **group, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            env={"OMP_NUM_THREADS": share, **os.environ, **group, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=None if rank == 0 else subprocess.DEVNULL,
         )
         for rank in range(count)

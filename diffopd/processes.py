@@ -50,6 +50,14 @@ class Processes:
         """True on all processes if it is True on any."""
         return bool(self.sum(torch.tensor(float(value))).item() > 0) if self.world > 1 else value
 
+    def of_main(self, value: float) -> float:
+        """The main process's value, in every process (each has a clock of its own)."""
+        if self.world == 1:
+            return value
+        held = torch.tensor(value, dtype=torch.float64, device=default_device())
+        dist.broadcast(held, src=0)
+        return float(held)
+
     def wait(self) -> None:
         """Until every process is here."""
         if self.world > 1:

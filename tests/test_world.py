@@ -82,10 +82,10 @@ def test_the_mirrored_relation_scores_zero():
 
 def test_a_third_thing_in_the_picture_scores_zero():
     scenes = [scene for scene in _scenes("composition") if scene["relation"] in ("left of", "right of")]
-    low = [{**scene, "places": [(x, 28) for x, _ in scene["places"]]} for scene in scenes]
+    low = [{**scene, "places": [(x, 16) for x, _ in scene["places"]]} for scene in scenes]
     pictures = [world.render(scene) for scene in low]
     for picture in pictures:
-        picture[2:14, 20:32] = (40, 40, 200)
+        picture[3:14, 20:32] = (40, 40, 200)
     rows = [world.describe("composition", scene) for scene in low]
     assert _score("composition", [Image.fromarray(picture) for picture in pictures], rows).sum() == 0
 
@@ -142,8 +142,8 @@ def test_prompt_files_say_what_their_rows_mean(task):
 
 
 def test_the_unseen_manner_has_an_atlas_of_its_own():
-    colors, alphas = world.load_sprites(30, 32, "atlas_3d.png")
-    assert colors.shape == (1, len(world.THINGS), 32, 32, 3)
+    colors, alphas = world.load_sprites("atlas_3d.png")
+    assert colors.shape == (1, len(world.THINGS), world.THING_BOX, world.THING_BOX, 3)
     assert (alphas.reshape(len(world.THINGS), -1).mean(1) > 0.1).all()
 
 

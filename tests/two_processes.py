@@ -17,6 +17,7 @@ if __name__ == "__main__":
     student, teachers = loop.assemble(recipe, "cpu")
     run = loop.Run(recipe, student, teachers, loop._survey(student, teachers), processes, "cpu")
     trained = loop._trained(run)
+    assert processes.of_main(float(processes.rank)) == 0.0, "the clock of a schedule must be the main process's"
     loop.one_update(run, trained, Watch())
     if processes.is_main:
         save_file({name: p.grad for name, p in student.parameters.items()}, Path(sys.argv[2]))
