@@ -6,12 +6,14 @@ A file has "cases": solver (flow, dance, ddim, dpm1, dpm2), eta, shift, num_step
 sigma_next, sample, model_output (velocity) and any of noise, mean, noise_scale, prev_sample, log_prob (mean over
 dimensions), std_dev_t, teacher_model_output, teacher_mean, loss (the released weighting). Tensors of any shape.
 Tolerance 1e-4, and 5e-3 at dpm2's first interior step, where the reference clamps a log-SNR that is infinite.
-Errors are absolute up to 1 and relative above. Exit code 2: a file that cannot be read as this format.
+Errors are absolute up to 1 and relative above. Exit code 2: a file that cannot be read as this format, or a step
+that gives nothing to compare.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,6 +30,7 @@ from diffopd.prediction import Prediction, Proposal, Step, Transition
 from diffopd.solver import get_solver
 
 NAMES = {"flow": "flow_sde", "dance": "dance_sde", "ddim": "ddim", "dpm1": "dpmpp_1", "dpm2": "dpmpp_2m"}
+QUANTITIES = ("mean", "noise_scale", "prev_sample", "log_prob", "std_dev_t", "teacher_mean", "loss")
 TOLERANCE, FIRST_INTERIOR_TOLERANCE = 1e-4, 5e-3
 FLOW = PATHS["flow"]
 
@@ -41,21 +44,29 @@ def check_case(case: dict[str, Any], place: str) -> dict[str, float]:
     name = _get(case, "solver", place)
     if name not in NAMES:
         raise BadFile(f"{place}: solver {name!r}; known are {', '.join(NAMES)}")
-    solver = get_solver(NAMES[name], FLOW, float(case.get("eta", 0.0)) if not name.startswith("dpm") else 0.0)
+    try:
+        solver = get_solver(NAMES[name], FLOW, float(case.get("eta", 0.0)) if not name.startswith("dpm") else 0.0)
+    except (TypeError, ValueError) as error:
+        raise BadFile(f"{place}: eta = {case.get('eta')!r}: {error}") from error
     errors: dict[str, float] = {}
     worst = 0.0
     history: tuple[Prediction, ...] = ()
-    for number, row in enumerate(_get(case, "steps", place)):
+    for number, row in enumerate(_list(case, "steps", place)):
         here = f"{place}, step {number}"
         tolerance = FIRST_INTERIOR_TOLERANCE if name == "dpm2" and number == 1 else TOLERANCE
         if not isinstance(row, dict):
             raise BadFile(f"{here}: not an object")
         row = row | {"is_ode": name.startswith("dpm") or not case.get("eta")}
-        prediction, found = _check_step(name, solver, history, row, number, here)
+        try:
+            prediction, found = _check_step(name, solver, history, row, number, here)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise BadFile(f"{here}: {error}") from error
+        if not found:
+            raise BadFile(f"{here}: nothing to compare; give any of {', '.join(QUANTITIES)}")
         history = (*history, prediction)
         for quantity, error in found.items():
             errors[quantity] = max(errors.get(quantity, 0.0), error)
-            worst = max(worst, error / tolerance if error == error else float("inf"))
+            worst = max(worst, error / tolerance)
     return errors | {"worst": worst}
 
 
@@ -64,6 +75,8 @@ def _check_step(
 ) -> tuple[Prediction, dict[str, float]]:
     sample, output = (_tensor(row, key, place) for key in ("sample", "model_output"))
     sigma, sigma_next = (float(_get(row, key, place)) for key in ("sigma", "sigma_next"))
+    if not 0 <= sigma_next < sigma <= 1:
+        raise BadFile(f"{place}: sigma {sigma} -> {sigma_next}; 0 <= sigma_next < sigma <= 1 is wanted")
     step = Step(sample, sigma, sigma_next, number)
     prediction = Prediction(sample, output, sigma, FLOW)
     transition = solver(prediction, step, history)
@@ -83,7 +96,7 @@ def _check_step(
         found["teacher_mean"] = taught_transition.mean
         if row.get("loss") is not None:
             found["loss"] = _released_loss(name, row, prediction, transition, taught, taught_transition, step)
-    errors = {key: _error(value, row[key]) for key, value in found.items() if row.get(key) is not None}
+    errors = {key: _error(value, row[key], key) for key, value in found.items() if row.get(key) is not None}
     return prediction, errors
 
 
@@ -96,16 +109,27 @@ def _released_loss(
     return released_sde(Proposal(said, mine), Proposal(taught, its), step, solver=NAMES[name])
 
 
-def _error(found: Tensor | float, wanted: Any) -> float:
+def _error(found: Tensor | float, wanted: Any, quantity: str) -> float:
+    """The largest error; infinite where either side is not finite. One number may stand for equal ones."""
     wanted = torch.as_tensor(wanted, dtype=torch.float64)
     found = torch.as_tensor(found).double()
-    return float(((found - wanted).abs() / wanted.abs().clamp(min=1)).max())
+    if 1 not in (wanted.numel(), found.numel()) and wanted.shape != found.shape:
+        raise BadFile(f"{quantity!r} has shape {list(wanted.shape)}; {list(found.shape)} is wanted")
+    error = float(((found - wanted).abs() / wanted.abs().clamp(min=1)).max())
+    return error if math.isfinite(error) else math.inf
 
 
 def _get(row: dict[str, Any], key: str, place: str) -> Any:
     if not isinstance(row, dict) or key not in row:
         raise BadFile(f"{place}: {key!r} is missing")
     return row[key]
+
+
+def _list(row: dict[str, Any], key: str, place: str) -> list[Any]:
+    value = _get(row, key, place)
+    if not isinstance(value, list) or not value:
+        raise BadFile(f"{place}: {key!r} must be a list with at least one entry")
+    return value
 
 
 def _tensor(row: dict[str, Any], key: str, place: str) -> Tensor:
@@ -125,7 +149,7 @@ def read_cases(path: Path) -> list[dict[str, Any]]:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise BadFile(f"{path}: {error}") from error
-    return _get(data, "cases", str(path))
+    return _list(data, "cases", str(path))
 
 
 def main(
@@ -147,14 +171,13 @@ def main(
         print(json.dumps({"ok": all(row["ok"] for row in rows), "cases": rows}))
     else:
         _show(rows)
-    raise typer.Exit(0 if rows and all(row["ok"] for row in rows) else 1)
+    raise typer.Exit(0 if all(row["ok"] for row in rows) else 1)
 
 
 def _show(rows: list[dict[str, Any]]) -> None:
-    quantities = ("mean", "noise_scale", "prev_sample", "log_prob", "std_dev_t", "teacher_mean", "loss")
-    table = Table("solver", "eta", "shift", "steps", *quantities, "")
+    table = Table("solver", "eta", "shift", "steps", *QUANTITIES, "")
     for row in rows:
-        numbers = [f"{row[q]:.1e}" if q in row else "" for q in quantities]
+        numbers = [f"{row[q]:.1e}" if q in row else "" for q in QUANTITIES]
         label = [str(row[key]) for key in ("solver", "eta", "shift", "num_steps")]
         table.add_row(*label, *numbers, "ok" if row["ok"] else "FAILED")
     Console(width=130).print(table)
