@@ -29,7 +29,7 @@ from diffopd.processes import Processes, default_device, join_processes
 from diffopd.query import supervised_states
 from diffopd.recipe import Recipe
 from diffopd.run_folder import RunFolder
-from diffopd.supervise import Manner, StateLoss, Watch, supervise
+from diffopd.supervise import Manner, NonFiniteLoss, StateLoss, Watch, supervise
 from diffopd.trajectory import save_trajectory
 
 VALIDATION = 2**31  # noise keys of held-out batches: no update of a run ever has this number
@@ -99,7 +99,6 @@ def preflight(run: Run) -> dict[str, float]:
             )
         except ValueError as error:
             raise UserError(f"Teacher {teacher.name!r} cannot teach this student: {error}") from error
-        _refuse_non_finite(losses, teacher.name, update=0)
         first[teacher.name] = _mean(losses)
     return first
 
@@ -147,7 +146,6 @@ def one_update(run: Run, trained: Trained, watch: Watch) -> UpdateLosses:
                 (loss.sum() * scale).backward()
 
             losses = walk_rows(run, teacher, rows, numbers, update=update, slot=slot, backward=backward, watch=watch)
-            _refuse_non_finite(losses, teacher.name, update)
             record.add(teacher.name, losses, len(rows))
     with watch("optimizer"):
         run.processes.sum_gradients(trained.parameters.values())
@@ -247,15 +245,18 @@ def walk_rows(
         pictures = encode_pictures(run.student.pipeline, rows)
         latents = noised(pictures, latents, run.walk.place)
         options["data_states"] = lambda visit: noised(pictures, drawn(visit.index + 1), next_place(visit))
-    return supervise(
-        told(run.student.call, rows, latents),
-        told(teacher.call, rows, latents),
-        manner=manner_of(recipe, run.walk.num_visits, update, slot),
-        noise=lambda index: drawn(index + 1),
-        backward=backward,
-        watch=watch,
-        **options,
-    )
+    try:
+        return supervise(
+            told(run.student.call, rows, latents),
+            told(teacher.call, rows, latents),
+            manner=manner_of(recipe, run.walk.num_visits, update, slot),
+            noise=lambda index: drawn(index + 1),
+            backward=backward,
+            watch=watch,
+            **options,
+        )
+    except NonFiniteLoss as error:
+        raise _non_finite(error, teacher.name, update) from error
 
 
 def told(call: Call, rows: list[PromptRow], latents: Tensor) -> Call:
@@ -360,14 +361,13 @@ def _save(run: Run, trained: Trained, folder: RunFolder) -> None:
     run.processes.wait()
 
 
-def _refuse_non_finite(losses: list[StateLoss], teacher: str, update: int) -> None:
-    for state in losses:
-        if not bool(torch.isfinite(state.loss).all()):
-            raise UserError(
-                f"The loss against teacher {teacher!r} is not finite at update {update}, step {state.index} "
-                f"(sigma {state.sigma:.4f}). Nothing was written after the last checkpoint. Lower learning_rate or "
-                "use mixed_precision = 'no'; if it happens at update 0, the teacher itself is broken."
-            )
+def _non_finite(error: NonFiniteLoss, teacher: str, update: int) -> UserError:
+    when = f"update {update}" if update < VALIDATION else "a check without training"
+    return UserError(
+        f"The loss against teacher {teacher!r} is not finite at {when}, step {error.index} (sigma {error.sigma:.4f}). "
+        "Nothing was written after the last checkpoint. Lower learning_rate or use mixed_precision = 'no'; if it "
+        "happens before the first update, the teacher itself is broken."
+    )
 
 
 def _mean(losses: list[StateLoss]) -> float:

@@ -107,6 +107,7 @@ def check_walk(recipe: Recipe, base: Blueprint) -> Grid | None:
     _check_step_settings(recipe, visits)
     _check_solver(recipe, scheduler)
     _check_noise(recipe, scheduler, visits)
+    _check_noise_objective(recipe, scheduler, grid, visits)
     if grid:
         _check_first_state(recipe, scheduler, grid)
         if recipe.objective.substeps > 1:
@@ -183,7 +184,8 @@ def _draws_noise(recipe: Recipe, scheduler: Any) -> bool:
     name = type(scheduler).__name__
     is_sde = str(getattr(scheduler.config, "algorithm_type", "")).startswith("sde")
     has_eta = name == "DDIMScheduler" and recipe.student.call.get("eta", 0.0) > 0
-    return is_sde or has_eta or name in STOCHASTIC
+    is_renoised = bool(getattr(scheduler.config, "stochastic_sampling", False))  # FlowMatchEulerDiscreteScheduler
+    return is_sde or has_eta or is_renoised or name in STOCHASTIC
 
 
 def _asks_at(query: str | dict[str, Any], index: int, visits: int) -> bool:
@@ -203,8 +205,29 @@ def _check_first_state(recipe: Recipe, scheduler: Any, grid: Grid) -> None:
             "of the noise says nothing about the picture. Set rescale_betas_zero_snr = false, or take a "
             "v-prediction base."
         )
-    if recipe.objective.name == "noise" and _asks_at(recipe.objective.query, 0, len(grid.timesteps)):
+
+
+def _check_noise_objective(recipe: Recipe, scheduler: Any, grid: Grid | None, visits: int) -> None:
+    """At alpha = 0 the noise is the sample whatever is predicted: its loss would be 0 there."""
+    from diffopd.objective import is_pure_noise
+    from diffopd.path import PATHS
+
+    objective = recipe.objective
+    if objective.name != "noise" or not _asks_at(objective.query, 0, visits):
+        return
+    first = grid.sigmas[0] if grid else _first_flow_sigma(recipe, scheduler)
+    if first is not None and is_pure_noise(PATHS[path_name(scheduler)], first):
         raise UserError(
-            f"{recipe.place('objective', 'name')}: objective 'noise' is undefined at the first step, where "
-            'alpha = 0 (zero SNR). Take "velocity" or "mean", or a query without step 0.'
+            f"{recipe.place('objective', 'name')}: objective 'noise' compares nothing at the first step, where "
+            'alpha = 0 (pure noise). Take "velocity" or "mean", or a query without step 0.'
         )
+
+
+def _first_flow_sigma(recipe: Recipe, scheduler: Any) -> float | None:
+    """Where a walk on the flow path starts, as far as the recipe tells; no shift moves sigma = 1."""
+    call = recipe.student.call
+    if path_name(scheduler) != "flow" or call.get("timesteps"):
+        return None
+    if call.get("sigmas"):
+        return float(call["sigmas"][0])
+    return 1.0 if type(scheduler).__name__ == "FlowMatchEulerDiscreteScheduler" else None

@@ -15,6 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from diffopd.path import Path
 from diffopd.prediction import Proposal, Step
 
 ObjectiveFunction = Callable[[Proposal, Proposal, Step], Tensor]
@@ -56,8 +57,18 @@ def denoised(student: Proposal, teacher: Proposal, step: Step) -> Tensor:
 
 
 def noise(student: Proposal, teacher: Proposal, step: Step) -> Tensor:
-    """|eps_S - eps_T|^2 = alpha^2 |dv|^2: low noise weighs most, nothing at alpha = 0."""
+    """|eps_S - eps_T|^2 = alpha^2 |dv|^2: low noise weighs most. Raises ValueError at alpha = 0, where it is 0."""
+    if is_pure_noise(student.prediction.path, step.sigma):
+        raise ValueError(
+            f"objective 'noise' compares nothing at step {step.index} (sigma {step.sigma:.4f}): alpha = 0 there, so the "
+            'noise is the sample whatever is predicted. Take "velocity" or "mean", or a query without this step.'
+        )
     return _square(student.prediction.noise - teacher.prediction.noise)
+
+
+def is_pure_noise(path: Path, sigma: float) -> bool:
+    """Whether alpha^2, the weight of a noise loss, is 0 up to what float32 resolves."""
+    return float(path.alpha(sigma)) ** 2 < 1e-7
 
 
 def _square(difference: Tensor) -> Tensor:

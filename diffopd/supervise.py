@@ -48,6 +48,14 @@ class Manner:
         return self.step_weights[index] if self.step_weights else 1.0
 
 
+class NonFiniteLoss(ArithmeticError):
+    """A loss that is not finite, raised before its backward; index and sigma of the state where it happened."""
+
+    def __init__(self, index: int, sigma: float) -> None:
+        super().__init__(f"the loss is not finite at step {index} (sigma {sigma:.4f})")
+        self.index, self.sigma = index, sigma
+
+
 @dataclass
 class Watch:
     """Seconds per stage and denoiser evaluations (rows) per side.
@@ -113,6 +121,11 @@ class StudentWalk:
             drawn = self.transition(visit, visit.prediction.detach()).draw(noise)
         self._remember(visit)
         return visit.reply(drawn)
+
+    def place(self, visit: Visit, state: Tensor) -> Any:
+        """Put the walk at a given canonical next state (B, ...); scheduler and history move as in `move`."""
+        self._remember(visit)
+        return visit.reply(state)
 
     def repeat(self, visit: Visit, recorded: Any) -> Any:
         """Move the scheduler and the history as `move` does, but answer with a recorded reply."""
@@ -200,7 +213,8 @@ def supervise(
     evaluates without gradients. data_states(visit) -> (B, ...): off-policy, the next canonical state is this
     instead of the student's own step.
 
-    Raises ValueError when the grids do not nest or the conversion to the student's convention is undefined.
+    Raises ValueError when the grids do not nest or the conversion to the student's convention is undefined, and
+    NonFiniteLoss at the first state whose loss is not finite, before its backward.
     """
     watch = watch or Watch()
     recorded: list[Any] | None = None
@@ -254,6 +268,8 @@ def _compare(
         with torch.no_grad():
             taught = _teacher_proposal(walked, visit, target, said, step)
         loss = manner.objective(said, taught, step)
+    if not bool(torch.isfinite(loss).all()):
+        raise NonFiniteLoss(visit.index, step.sigma)
     if observe:
         observe(step, said, taught)
     if backward is not None:
@@ -265,10 +281,17 @@ def _compare(
 def _teacher_proposal(
     walked: StudentWalk, visit: Visit, target: Tensor | Prediction, said: Proposal, step: Step
 ) -> Proposal:
+    """The teacher in the student's terms: its prediction, or what its landing (a deterministic one) implies.
+
+    An ODE step must end at the landing itself. A step with noise must not: the landing still contains the state's
+    own noise, the mean of the step does not, so there the mean is the student's step under the implied prediction.
+    """
     if isinstance(target, Prediction):
         return Proposal(target, walked.transition(visit, target))
     implied = implied_prediction(target, step, said.prediction.path)
-    return Proposal(implied, Transition(target, said.transition.std))
+    if said.transition.std > 0:
+        return Proposal(implied, walked.transition(visit, implied))
+    return Proposal(implied, Transition(target, 0.0))
 
 
 def _next(
@@ -279,7 +302,7 @@ def _next(
     data_states: Callable[[Visit], Tensor] | None,
 ) -> Any:
     if data_states is not None:
-        return visit.reply(data_states(visit))
+        return walked.place(visit, data_states(visit))
     return walked.move(visit, noise(index))
 
 
