@@ -6,6 +6,7 @@ milliseconds; here only peft's two routing attributes are switched, and a test h
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -94,7 +95,8 @@ def add_adapter(
 
 def adapter_parameters(denoiser: nn.Module, name: str) -> dict[str, nn.Parameter]:
     """The parameters of adapter `name`, by their names in the denoiser."""
-    return {key: p for key, p in denoiser.named_parameters() if f".{name}." in f".{key}."}
+    own = re.compile(rf"\.lora_\w+\.{re.escape(name)}(\.|$)")  # a module may have the adapter's name, its tensors not
+    return {key: p for key, p in denoiser.named_parameters() if own.search(key)}
 
 
 @contextmanager

@@ -64,14 +64,28 @@ def load_lora(pipeline: Any, source: TeacherCard | str, adapter_name: str) -> No
 
 
 def load_full_denoiser(base: Any, card: TeacherCard) -> nn.Module:
-    """A teacher's own denoiser, of the base's class and dtype. Raises UserError where it does not fit."""
+    """A teacher's own denoiser, of the base's class and dtype; weights without a config.json have the base's shape.
+
+    The base must carry no adapter yet. Raises UserError where the weights do not fit.
+    """
     path = card.weights_path()
     kind = type(denoiser_of(base))
-    with _quiet():
-        try:
+    try:
+        if not (path / "config.json").is_file():
+            return _with_weights(copy.deepcopy(denoiser_of(base)), path)
+        with _quiet():
             return kind.from_pretrained(path, dtype=denoiser_of(base).dtype, use_safetensors=True)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise UserError(f"{path}: cannot be loaded as {kind.__name__}: {_first_lines(error)}") from error
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path}: cannot be loaded as {kind.__name__}: {_first_lines(error)}") from error
+
+
+def _with_weights(denoiser: nn.Module, path: Path) -> nn.Module:
+    """The denoiser with the tensors of a .safetensors file or folder, each used and none missing."""
+    from safetensors.torch import load_file
+
+    tensors = {name: tensor for file in weight_files(path) for name, tensor in load_file(file).items()}
+    denoiser.load_state_dict(tensors, strict=True)
+    return denoiser
 
 
 def load_fused_denoiser(base: Any, card: TeacherCard) -> nn.Module:
@@ -82,7 +96,7 @@ def load_fused_denoiser(base: Any, card: TeacherCard) -> nn.Module:
     other = shell(base)
     other.register_modules(**{denoiser_name(base): copy.deepcopy(denoiser_of(base))})
     load_lora(other, card, adapter_name=card.name)
-    _fuse(other)
+    fuse_adapter(other)
     return denoiser_of(other)
 
 
@@ -101,7 +115,7 @@ def student_pipeline(run_dir: Path, step: int | None = None) -> Any:
     pipeline = with_scheduler(load_pipeline(recipe.student.pretrained_model_name_or_path), recipe)
     if recipe.student.train == "lora":
         load_lora(pipeline, str(checkpoint / LORA_FILE), "default")
-        _fuse(pipeline)
+        fuse_adapter(pipeline)
     else:
         name = denoiser_name(pipeline)
         trained = type(denoiser_of(pipeline)).from_pretrained(checkpoint / name, use_safetensors=True)
@@ -109,7 +123,7 @@ def student_pipeline(run_dir: Path, step: int | None = None) -> Any:
     return pipeline
 
 
-def _fuse(pipeline: Any) -> None:
+def fuse_adapter(pipeline: Any) -> None:
     """The pipeline's adapter goes into its denoiser's weights."""
     pipeline.fuse_lora()
     pipeline.unload_lora_weights()

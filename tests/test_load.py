@@ -85,6 +85,38 @@ def test_a_full_teacher_is_its_own_denoiser(tiny_sd, tmp_path):
     assert all(torch.equal(value, expected[key]) for key, value in own.state_dict().items())
 
 
+@pytest.mark.parametrize("weights", ["unet", "unet/diffusion_pytorch_model.safetensors"])
+def test_a_full_teacher_without_a_config_has_the_bases_shape(tiny_sd, tmp_path, weights):
+    folder = tiny.write_teacher(tmp_path / "whole", tiny_sd, form="full", seed=9)
+    (folder / "unet" / "config.json").unlink()
+    card = folder / "teacher.toml"
+    card.write_text(card.read_text().replace('weights = "unet"', f'weights = "{weights}"'))
+    base = load_pipeline(str(tiny_sd))
+    before = {key: value.clone() for key, value in base.unet.state_dict().items()}
+    own = load_full_denoiser(base, teacher_card(str(folder), folder))
+    expected = tiny.build_pipeline(seed=9).unet.state_dict()
+    assert all(torch.equal(value, expected[key]) for key, value in own.state_dict().items())
+    assert all(torch.equal(value, before[key]) for key, value in base.unet.state_dict().items())
+
+
+def test_a_full_teacher_without_a_config_and_of_another_shape_is_refused(tiny_sd, tmp_path):
+    folder = tiny.write_teacher(tmp_path / "whole", tiny_sd, form="full", seed=9)
+    tiny.build_pipeline(cross=32).unet.save_pretrained(folder / "unet")
+    (folder / "unet" / "config.json").unlink()
+    with pytest.raises(UserError, match="cannot be loaded as UNet2DConditionModel"):
+        load_full_denoiser(load_pipeline(str(tiny_sd)), teacher_card(str(folder), folder))
+
+
+@pytest.mark.parametrize("name", ["conv1", "0", "weight", "unet"])
+def test_a_teacher_may_be_called_like_a_part_of_the_network(tiny_sd, tiny_teacher, name):
+    plain, pipeline = load_pipeline(str(tiny_sd)), load_pipeline(str(tiny_sd))
+    load_lora(plain, str(tiny_teacher), "dots")
+    load_lora(pipeline, str(tiny_teacher), name)
+    found, expected = adapter_parameters(pipeline.unet, name), adapter_parameters(plain.unet, "dots")
+    assert list(found) == [key.replace(".dots.", f".{name}.") for key in expected]
+    assert all(torch.equal(a, b) for a, b in zip(found.values(), expected.values(), strict=True))
+
+
 def test_pickled_weights_are_never_loaded(tiny_sd, tmp_path):
     folder = tmp_path / "pickled"
     shutil.copytree(tiny_sd, folder)
