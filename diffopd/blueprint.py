@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 from diffopd.errors import UserError
 from diffopd.locate import find_pipeline
+from diffopd.teacher import file_sha256
 
 if TYPE_CHECKING:
     from torch import nn
 
 CONFIG_PATTERNS = ["*.json", "*/*.json", "*/*.txt"]
+LOADED = (".safetensors", ".json", ".txt")
 BYTES = 4  # of a float32
 
 
@@ -75,6 +77,12 @@ def read_blueprint(name: str) -> Blueprint:
         raise UserError(f"{folder}: the pipeline has no unet and no transformer with a config.json. Save it anew.")
     kind = index.get("_class_name")
     return Blueprint(folder, kind[-1] if isinstance(kind, list) else str(kind), configs)
+
+
+def pipeline_hashes(folder: Path) -> dict[str, str]:
+    """component/file -> sha256 of all that a pipeline folder is loaded from: weights, configs, tokenizer files."""
+    held = [path for path in sorted(folder.glob("*/*")) if path.suffix in LOADED]
+    return {path.relative_to(folder).as_posix(): file_sha256(path) for path in held}
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -106,6 +106,7 @@ def check_walk(recipe: Recipe, base: Blueprint) -> Grid | None:
     visits = len(grid.timesteps) if grid else recipe.student.num_inference_steps
     _check_step_settings(recipe, visits)
     _check_solver(recipe, scheduler)
+    _check_step_calls(recipe, scheduler, grid)
     _check_noise(recipe, scheduler, visits)
     _check_noise_objective(recipe, scheduler, grid, visits)
     if grid:
@@ -151,12 +152,32 @@ def _check_solver(recipe: Recipe, scheduler: Any) -> None:
             raise UserError(f"{recipe.place(section, key)}: {section}.{key} = {name!r}: {error}") from error
 
 
+def _check_step_calls(recipe: Recipe, scheduler: Any, grid: Grid | None) -> None:
+    """A named solver takes the place of each call of the scheduler's step, so there must be one a step."""
+    student = recipe.student
+    steps = student.num_inference_steps
+    calls = len(grid.timesteps) if grid else steps * type(scheduler).order
+    if student.solver != "native" and calls != steps:
+        raise UserError(
+            f"{recipe.place('student', 'solver')}: student.solver = {student.solver!r} needs one call of the "
+            f"scheduler's step a step, but {type(scheduler).__name__} makes {calls} for {steps} steps. Take "
+            'another scheduler (such as DDIMScheduler) or solver = "native".'
+        )
+
+
 def _check_noise(recipe: Recipe, scheduler: Any, visits: int) -> None:
     """An objective that divides by the std of a step needs steps that have one."""
     from diffopd.objective import OBJECTIVES
 
     student, objective = recipe.student, recipe.objective
     if not OBJECTIVES[objective.name].needs_std:
+        if objective.final_step is not None:
+            needing = ", ".join(name for name, row in OBJECTIVES.items() if row.needs_std)
+            raise UserError(
+                f"{recipe.place('objective', 'final_step')}: final_step = {objective.final_step!r} has no effect on "
+                f"objective {objective.name!r}, which is defined at steps without noise. Remove it, or take an "
+                f"objective that compares distributions ({needing})."
+            )
         return
     place = f"{recipe.place('objective', 'name')}: objective {objective.name!r}"
     if not _draws_noise(recipe, scheduler):

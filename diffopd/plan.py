@@ -7,10 +7,9 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from diffopd.blueprint import BYTES, Blueprint, add_lora_on_meta, graph_bytes, num_values
-from diffopd.errors import UserError
+from diffopd.blueprint import BYTES, Blueprint, graph_bytes, num_values
 from diffopd.grid import Grid
-from diffopd.preflight import Parts
+from diffopd.preflight import Parts, lora_size
 from diffopd.recipe import Recipe
 from diffopd.teacher import weight_files
 
@@ -59,7 +58,7 @@ class Plan:
 
 
 def make_plan(parts: Parts) -> Plan:
-    """The plan of a checked recipe. Raises UserError for LoRA targets that match nothing."""
+    """The plan of a checked recipe."""
     recipe, base = parts.recipe, parts.base
     visits = len(parts.grid.timesteps) if parts.grid else recipe.student.num_inference_steps
     walked, asked = visited(recipe, visits)
@@ -71,7 +70,7 @@ def make_plan(parts: Parts) -> Plan:
         rows = len(parts.train_rows[card.name]), len(parts.test_rows[card.name])
         teachers.append(TeacherPlan(card.name, card.form, guidance, cost, *rows, settings.weight / total))
     train = recipe.train
-    tasks = len(recipe.teachers) if train.tasks_per_update == "all" else train.tasks_per_update
+    tasks = {"all": len(recipe.teachers), "round_robin": 1}.get(train.tasks_per_update, train.tasks_per_update)
     trained, memory = _sizes(parts)
     return Plan(
         recipe=recipe,
@@ -120,7 +119,7 @@ def _sizes(parts: Parts) -> tuple[int, dict[str, int]]:
     if student.train == "full":
         denoiser.requires_grad_(True)
     else:
-        trained = _lora_size(parts, denoiser)
+        trained = lora_size(recipe, denoiser)
     averages = int(recipe.train.ema_decay > 0) + sum(card.form == "ema" for card in parts.cards)
     memory = {
         "base denoiser": BYTES * trunk,
@@ -133,15 +132,6 @@ def _sizes(parts: Parts) -> tuple[int, dict[str, int]]:
     graph = _graph(parts, denoiser)
     memory |= {"graph of one state": graph} if graph is not None else {}
     return trained, {name: size for name, size in memory.items() if size}
-
-
-def _lora_size(parts: Parts, denoiser: Any) -> int:
-    student = parts.recipe.student
-    try:
-        return add_lora_on_meta(denoiser, student.rank, student.target_modules)
-    except ValueError as error:
-        place = parts.recipe.place("student", "target_modules")
-        raise UserError(f"{place}: no layer of the base matches student.target_modules: {error}") from error
 
 
 def _teacher_size(card: Any, fused: int) -> int:
@@ -205,6 +195,7 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
         ("trained", f"{what}: {plan.num_trained:,} of {plan.num_parameters:,} denoiser parameters"),
         ("base", f"{student.pretrained_model_name_or_path} ({plan.pipeline_class})"),
         ("walk", f"{student.num_inference_steps} steps of {_solver(plan)}, {guidance}"),
+        *([("deployed", _deployed(plan))] if student.solver != "native" else []),
         ("timesteps", _numbers(plan.grid.timesteps if plan.grid else None, "g")),
         ("sigmas", _numbers(plan.grid.sigmas if plan.grid else None, ".3f")),
         ("objective", f"{objective.name}, query {objective.query}{substeps}, {objective.states} states"),
@@ -222,6 +213,11 @@ def _solver(plan: Plan) -> str:
     student = plan.recipe.student
     noise = f" (noise {student.noise_level:g})" if student.noise_level else ""
     return plan.scheduler if student.solver == "native" else f"{student.solver}{noise} on the grid of {plan.scheduler}"
+
+
+def _deployed(plan: Plan) -> str:
+    solver = plan.recipe.student.solver
+    return f"with {plan.scheduler}'s own step, in evaluation and export: stock pipelines do not know {solver}"
 
 
 def _numbers(values: tuple[float, ...] | None, form: str) -> str:

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import copy
+import importlib.util
 import inspect
+import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from diffopd.blueprint import Blueprint, misfit, read_blueprint, read_json, tensor_shapes
+from diffopd.blueprint import (
+    Blueprint,
+    add_lora_on_meta,
+    misfit,
+    pipeline_hashes,
+    read_blueprint,
+    read_json,
+    tensor_shapes,
+)
 from diffopd.data import PromptRow, check_tasks, read_prompts
 from diffopd.errors import UserError, suggestion
 from diffopd.grid import Grid, check_walk
+from diffopd.locate import find_pipeline
 from diffopd.recipe import Recipe
 from diffopd.teacher import (
     TeacherCard,
@@ -20,6 +33,9 @@ from diffopd.teacher import (
     weight_files,
     weights_sha256,
 )
+
+if TYPE_CHECKING:
+    from torch import nn
 
 # Config keys that decide whether one network can stand at another's states.
 STATE_KEYS = {
@@ -65,13 +81,16 @@ def check(recipe: Recipe, *, hash_weights: bool = False) -> Parts:
     train, test = _prompts(recipe, cards)
     for card in cards:
         load_reward(card.reward, card.folder)
+    _check_packages(recipe)
     _check_call_arguments(recipe, base)
     grid = check_walk(recipe, base)
     for index, card in enumerate(cards):
         _check_teacher(recipe, index, card, base)
     _check_warm_start(recipe, base)
+    if recipe.student.train == "lora" and not recipe.student.init_weights:
+        lora_size(recipe, copy.deepcopy(base.meta_denoiser))
     _check_evaluation(recipe, test)
-    hashes = _hashes(base, cards) if hash_weights else {}
+    hashes = _hashes(recipe, cards) if hash_weights else {}
     return Parts(recipe, base, cards, train, test, grid, hashes)
 
 
@@ -122,6 +141,12 @@ def _cards(recipe: Recipe) -> tuple[TeacherCard, ...]:
                 f"{recipe.place('teachers', index, 'ema_decay')}: ema_decay belongs to a teacher of form "
                 f'"ema"; {card.name!r} has form {card.form!r}. Remove it.'
             )
+        selves = [other.name for other in (*cards, card) if other.form == "ema"]
+        if len(selves) > 1:
+            raise UserError(
+                f'{place}: {selves[0]!r} and {selves[1]!r} are both of form "ema". The student has one average, so at '
+                "most one teacher can be it. Remove one; the prompts of both may go into one teacher's files."
+            )
         cards.append(card)
     return tuple(cards)
 
@@ -137,6 +162,20 @@ def _prompts(
             check_tasks(rows, Path(path), card.name, names)
             read[split][card.name] = rows
     return read["train"], read["test"]
+
+
+def _check_packages(recipe: Recipe) -> None:
+    """Optional packages that the recipe asks for are installed."""
+    train = recipe.train
+    wanted = [("report_to", name) for name in train.report_to]
+    wanted += [("attention_backend", "xformers")] if train.attention_backend == "xformers" else []
+    for key, name in wanted:
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.origin is None:  # a mere folder of this name has no origin
+            raise UserError(
+                f"{recipe.place('train', key)}: train.{key} asks for {name}, which is not installed. Install "
+                f"diffopd[{name}], or leave {name} out."
+            )
 
 
 def _check_call_arguments(recipe: Recipe, base: Blueprint) -> None:
@@ -160,6 +199,25 @@ def _check_call_arguments(recipe: Recipe, base: Blueprint) -> None:
                     f"{key!r}."
                     f"{suggestion(key, known)}"
                 )
+        eta = call.get("eta", 0.0)
+        if isinstance(eta, bool) or not isinstance(eta, (int, float)) or not 0 <= eta <= 1:
+            raise UserError(
+                f"{recipe.place(*location, 'call', 'eta')}: eta = {eta!r} is not allowed. It is DDIM's share of fresh "
+                "noise: give a number from 0 (none) to 1 (that of DDPM)."
+            )
+
+
+def lora_size(recipe: Recipe, meta_denoiser: nn.Module) -> int:
+    """Parameters of the student's adapter, which is put on a meta denoiser. UserError where it cannot be."""
+    student = recipe.student
+    try:
+        return add_lora_on_meta(meta_denoiser, student.rank, student.target_modules)
+    except (ValueError, re.error) as error:
+        raise UserError(
+            f"{recipe.place('student', 'target_modules')}: target_modules = {student.target_modules!r} gives no LoRA "
+            f"on the base's {type(meta_denoiser).__name__}: {error} Name layers of it (such as to_q, conv1), or give "
+            "one regular expression for their whole names."
+        ) from error
 
 
 def _check_warm_start(recipe: Recipe, base: Blueprint) -> None:
@@ -246,12 +304,19 @@ def _full_fits(card: TeacherCard, path: Path, base: Blueprint) -> None:
         )
 
 
-def _hashes(base: Blueprint, cards: tuple[TeacherCard, ...]) -> dict[str, str]:
-    """file -> sha256 of the base's denoiser and of every teacher's weights, those of the cards compared."""
-    files = base.weight_files().get(base.denoiser, [])
-    hashes = {f"base/{base.denoiser}/{file.name}": weights_sha256(file) for file in files}
+def _hashes(recipe: Recipe, cards: tuple[TeacherCard, ...]) -> dict[str, str]:
+    """file -> sha256 of all that a run begins with: the base, a warm start, teachers' weights, prompts and rewards.
+
+    Raises UserError for weights of a teacher that are not those of its card.
+    """
+    folder = find_pipeline(recipe.student.pretrained_model_name_or_path)  # of a hub id, now with its weights
+    hashes = {f"base/{file}": digest for file, digest in pipeline_hashes(folder).items()}
+    warm, here = recipe.student.init_weights, Path.cwd()
+    if warm and not hub_weights(warm, here):
+        hashes["init_weights"] = weights_sha256(lora_file(warm, here, recipe.place("student", "init_weights")))
     for card in cards:
         digest = card.digest()
-        if digest:
-            hashes[f"{card.name}/{card.weights}"] = digest
+        hashes |= {f"{card.name}/{card.weights}": digest} if digest else {}
+    for card in cards:
+        hashes |= {f"{card.name}: {what}": digest for what, digest in card.task_hashes().items()}
     return hashes

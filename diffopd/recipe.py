@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PrivateAttr, field_validator, model_validator
+from pydantic import AfterValidator, Field, PrivateAttr, field_validator, model_validator
 
 from diffopd.errors import UserError
 from diffopd.locate import absolute, find_recipe
 from diffopd.overrides import apply_override
 from diffopd.settings import Location, Settings, Source, read_toml, validated
 
+
+
+def _finite(value: Any) -> Any:
+    """A TOML value without nan and inf, however deep in lists and tables."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    for item in inner:
+        _finite(item)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{value} is not a finite number. Give a finite one, or remove the key.")
+    return value
+
+
+Value = Annotated[Any, AfterValidator(_finite)]
 Count = Annotated[int, Field(gt=0)]
 CountOrZero = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
@@ -38,7 +52,7 @@ OWN_ARGUMENTS = {
 class Called(Settings):
     """A side that is a pipeline call: `call` holds its further keyword arguments."""
 
-    call: dict[str, Any] = {}
+    call: dict[str, Value] = {}
 
     @field_validator("call")
     @classmethod
@@ -63,7 +77,7 @@ class StudentSettings(Called):
     negative_prompt: str = ""
     solver: SOLVER_NAMES = "native"
     noise_level: PositiveOrZero = 0.0
-    scheduler: dict[str, Any] = {}
+    scheduler: dict[str, Value] = {}
 
     @field_validator("target_modules", mode="before")
     @classmethod
@@ -167,9 +181,9 @@ class TrainSettings(Settings):
     @field_validator("tasks_per_update", mode="before")
     @classmethod
     def _all_or_count(cls, value: Any) -> Any:
-        if value == "all" or (_is_index(value) and value > 0):
+        if value in ("all", "round_robin") or (_is_index(value) and value > 0):
             return value
-        raise ValueError(f'{value!r} is not allowed. Give "all" or a whole number above 0.')
+        raise ValueError(f'{value!r} is not allowed. Give "all", "round_robin" or a whole number above 0.')
 
     @model_validator(mode="after")
     def _ends(self) -> TrainSettings:
@@ -219,6 +233,15 @@ class Recipe(Settings):
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice:
             raise ValueError(f"teacher {twice!r} is given twice. Give each teacher once; weight sets its share.")
+        return self
+
+    @model_validator(mode="after")
+    def _turns_are_equal(self) -> Recipe:
+        if self.train.tasks_per_update == "round_robin" and len({teacher.weight for teacher in self.teachers}) > 1:
+            raise ValueError(
+                'train.tasks_per_update = "round_robin" gives every teacher the same number of turns. Remove weight '
+                'from the teachers, or set train.tasks_per_update to "all" or to a number of draws by weight.'
+            )
         return self
 
     @property

@@ -93,6 +93,12 @@ class TeacherCard(Settings):
             )
         return found
 
+    def task_hashes(self) -> dict[str, str]:
+        """What its task is made of -> sha256: "train prompts", "test prompts" and the reward's file."""
+        reward = self.reward.rpartition(":")[0]
+        prompts = {f"{split} prompts": Path(getattr(self.prompts, split)) for split in ("train", "test")}
+        return {what: file_sha256(path) for what, path in (prompts | {reward: self.folder / reward}).items()}
+
 
 def teacher_card(name_or_path: str, relative_to: Path | str) -> TeacherCard:
     """The card of a shipped teacher, or of a user's folder by path from `relative_to`.
@@ -153,12 +159,17 @@ def weight_files(path: Path) -> list[Path]:
     return [path] if path.is_file() and path.suffix == ".safetensors" else []
 
 
+def file_sha256(path: Path) -> str:
+    """sha256 of a file's bytes."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def weights_sha256(path: Path) -> str:
     """sha256 of a .safetensors file; of a folder, of its 'name sha256' lines (one file: that file's own)."""
     digests = []
     for file in weight_files(path):
-        with file.open("rb") as stream:
-            digests.append((file.name, hashlib.file_digest(stream, "sha256").hexdigest()))
+        digests.append((file.name, file_sha256(file)))
     if len(digests) == 1:
         return digests[0][1]
     return hashlib.sha256("".join(f"{name} {digest}\n" for name, digest in digests).encode()).hexdigest()

@@ -95,6 +95,17 @@ def test_the_plan_reads_as_text(tiny_recipe):
         assert part in text
 
 
+def test_a_named_solver_is_told_to_be_the_stock_schedulers_at_deployment(tiny_recipe):
+    console = Console(width=140, record=True, file=open("/dev/null", "w"))
+    console.print(render(plan(tiny_recipe, "student.solver=lcm")))
+    told = " ".join(console.export_text().split())
+    assert "deployed with DDIMScheduler's own step, in evaluation and export: stock pipelines do not know lcm" in told
+
+
+def test_one_task_an_update_in_turn_is_one_batch(tiny_recipe):
+    assert plan(tiny_recipe, "train.tasks_per_update=1").pictures_per_update == 2
+
+
 def test_weights_are_not_loaded(tmp_path, tiny_sd):
     """A base whose weights are too short to load still has a plan."""
     import shutil

@@ -1,5 +1,6 @@
 import json
 import shutil
+import sys
 
 import pytest
 import tiny
@@ -30,12 +31,38 @@ def test_a_good_recipe_passes_and_its_parts_are_told(recipe_file, tiny_sd):
     parts = check(read_recipe(recipe_file), hash_weights=True)
     assert parts.base.folder == tiny_sd and [card.name for card in parts.cards] == ["dots", "lines"]
     assert parts.grid.timesteps == (999, 499) and parts.grid.sigmas[0] == pytest.approx(1.0)
-    assert set(parts.hashes) >= {"dots/pytorch_lora_weights.safetensors"} and len(parts.hashes) == 3
+    assert set(parts.hashes) >= {"dots/pytorch_lora_weights.safetensors", "lines/pytorch_lora_weights.safetensors"}
     assert len(parts.train_rows["lines"]) == 4
 
 
 def test_weights_are_hashed_only_when_asked(recipe_file):
     assert check(read_recipe(recipe_file)).hashes == {}
+
+
+@pytest.mark.parametrize(
+    ("file", "named"),
+    [
+        ("base/unet/diffusion_pytorch_model.safetensors", "base/unet/diffusion_pytorch_model.safetensors"),
+        ("base/vae/diffusion_pytorch_model.safetensors", "base/vae/diffusion_pytorch_model.safetensors"),
+        ("base/text_encoder/model.safetensors", "base/text_encoder/model.safetensors"),
+        ("base/scheduler/scheduler_config.json", "base/scheduler/scheduler_config.json"),
+        ("dots/prompts/train.jsonl", "dots: train prompts"),
+        ("lines/prompts/test.jsonl", "lines: test prompts"),
+        ("dots/reward.py", "dots: reward.py"),
+        ("warm/pytorch_lora_weights.safetensors", "init_weights"),
+    ],
+)
+def test_the_hashes_cover_all_that_a_run_begins_with(tmp_path, tiny_sd, tiny_teachers, file, named):
+    base = shutil.copytree(tiny_sd, tmp_path / "base")
+    own = [shutil.copytree(folder, tmp_path / folder.name) for folder in tiny_teachers]
+    warm = shutil.copytree(tiny_teachers[0], tmp_path / "warm")
+    path = tiny.write_recipe(tmp_path / "r.toml", base, own)
+    recipe = read_recipe(path, [f'student.init_weights="{warm}/pytorch_lora_weights.safetensors"'])
+    before = check(recipe, hash_weights=True).hashes
+    with (tmp_path / file).open("ab") as opened:
+        opened.write(b'{"prompt": "more"}\n' if file.endswith("jsonl") else b"\n")  # another file, still valid
+    after = check(recipe, hash_weights=True).hashes
+    assert {key for key in before if before[key] != after[key]} == {named} and set(after) == set(before)
 
 
 def test_a_lora_of_another_unet_is_refused(recipe_file, teachers, tmp_path):
@@ -99,7 +126,14 @@ def test_full_teachers_fit_by_config_or_by_shapes(tmp_path, tiny_sd):
 def test_teachers_without_weights_pass(tmp_path, tiny_sd, form):
     teacher = tiny.write_teacher(tmp_path / "itself", tiny_sd, form=form)
     path = tiny.write_recipe(tmp_path / "r.toml", tiny_sd, [teacher])
-    assert list(check(read_recipe(path), hash_weights=True).hashes) == ["base/unet/diffusion_pytorch_model.safetensors"]
+    named = [key for key in check(read_recipe(path), hash_weights=True).hashes if not key.startswith("base/")]
+    assert named == ["itself: train prompts", "itself: test prompts", "itself: reward.py"]
+
+
+def test_two_averages_of_the_student_are_refused(tmp_path, tiny_sd):
+    selves = [tiny.write_teacher(tmp_path / name, tiny_sd, form="ema") for name in ("me", "myself")]
+    text = refusal(tiny.write_recipe(tmp_path / "r.toml", tiny_sd, selves))
+    assert f"{tmp_path / 'r.toml'}:14" in text and "'me' and 'myself' are both of form" in text
 
 
 def test_grids_that_do_not_nest_are_refused(recipe_file):
@@ -129,6 +163,15 @@ def test_substeps_of_a_scheduler_with_several_calls_a_step_are_refused(recipe_fi
         ("teachers.0.ema_decay=0.9", 'form "ema"'),
         ("student.pretrained_model_name_or_path=emojy", "student.pretrained_model_name_or_path=emojy"),
         ("student.target_modules=[to_k]", "not TOML"),
+        ("student.target_modules=['nothing']", "gives no LoRA on the base's UNet2DConditionModel"),
+        ("student.target_modules='('", "gives no LoRA on the base's UNet2DConditionModel"),
+        ("student.target_modules='.*conv1'", None),
+        ("student.call.eta=-1.0", "from 0 (none) to 1"),
+        ("student.call.eta=1.5", "from 0 (none) to 1"),
+        ("student.call.eta=true", "from 0 (none) to 1"),
+        ("teachers.dots.call.eta=2", "from 0 (none) to 1"),
+        ("student.call.eta=1", None),
+        ("objective.final_step=skip", "has no effect on objective 'mean'"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused_with_the_reason(recipe_file, option, reason):
@@ -136,6 +179,33 @@ def test_settings_that_do_not_fit_are_refused_with_the_reason(recipe_file, optio
         check(read_recipe(recipe_file, [option]))
     else:
         assert reason in refusal(recipe_file, option)
+
+
+@pytest.mark.parametrize(
+    ("kind", "solver"), [("Heun", "dpmpp_2m"), ("Heun", "ddim"), ("PNDM", "dpmpp_2m"), ("KDPM2", "dpmpp_2m")]
+)
+def test_a_named_solver_needs_a_scheduler_of_one_call_a_step(recipe_file, kind, solver):
+    kind, more = ("PNDMScheduler", ", skip_prk_steps=true") if kind == "PNDM" else (f"{kind}DiscreteScheduler", "")
+    scheduler = f'student.scheduler={{class="{kind}"{more}}}'
+    four = "student.num_inference_steps=4"
+    text = refusal(recipe_file, scheduler, four, f"student.solver={solver}")
+    assert f"--set student.solver={solver}" in text and f"{kind} makes" in text and "one call" in text
+    check(read_recipe(recipe_file, [four, f"student.solver={solver}"]))
+
+
+@pytest.mark.parametrize(
+    ("option", "name"), [("train.report_to=['wandb']", "wandb"), ("train.attention_backend=xformers", "xformers")]
+)
+def test_optional_packages_that_are_missing_are_named_with_their_extra(recipe_file, monkeypatch, option, name):
+    monkeypatch.setitem(sys.modules, name, None)
+    text = refusal(recipe_file, option)
+    assert f"--set {option}" in text and f"Install diffopd[{name}]" in text
+
+
+def test_a_folder_of_a_packages_name_is_not_the_package(recipe_file, monkeypatch, tmp_path):
+    (tmp_path / "cwd" / "wandb").mkdir(parents=True)  # what a run of wandb leaves behind
+    monkeypatch.syspath_prepend(tmp_path / "cwd")
+    assert "Install diffopd[wandb]" in refusal(recipe_file, "train.report_to=['wandb']")
 
 
 def test_a_kl_without_noise_is_refused(recipe_file):

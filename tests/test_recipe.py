@@ -137,6 +137,20 @@ def test_bad_values_are_refused_with_the_reason(recipe_file, option, reason):
     assert reason in message(recipe_file, option)
 
 
+@pytest.mark.parametrize(
+    ("option", "key"),
+    [
+        ("student.call.eta=nan", "student.call.eta"),
+        ("student.call.sigmas=[1.0, inf]", "student.call.sigmas"),
+        ("student.scheduler.beta_start=nan", "student.scheduler.beta_start"),
+        ("teachers.1.call={guidance_rescale = -inf}", "teachers.1.call.guidance_rescale"),
+    ],
+)
+def test_non_finite_numbers_are_refused_in_free_tables_too(recipe_file, option, key):
+    text = message(recipe_file, option)
+    assert f"--set {option}: {key}: " in text and "not a finite number" in text
+
+
 def test_the_same_teacher_twice_is_refused(recipe_file):
     assert "given twice" in message(recipe_file, "teachers=[{name='text'}, {name='text'}]")
 
