@@ -71,11 +71,12 @@ def distill(
     if dry_run:
         _show_plan(parts)
         return
-    if processes > 1 and "WORLD_SIZE" not in os.environ:
+    count = int(os.environ.get("WORLD_SIZE", processes))
+    folder = _run_folder(read, parts.hashes, count)
+    if count > 1 and "WORLD_SIZE" not in os.environ:
         from diffopd.launch import launch
 
-        raise typer.Exit(launch(processes, sys.argv[1:]))
-    folder = _run_folder(read, parts.hashes)
+        raise typer.Exit(launch(count, sys.argv[1:]))
     from diffopd.distill import distill as train
 
     ended = train(read, folder)
@@ -152,11 +153,12 @@ def _show_plan(parts: Any) -> None:
     Console().print(render(make_plan(parts)))
 
 
-def _run_folder(recipe: Any, hashes: dict[str, str]) -> Any:
-    """The main process makes or checks the folder; the others, if any, only know its path."""
+def _run_folder(recipe: Any, hashes: dict[str, str], processes: int) -> Any:
+    """The main process checks and makes the folder; the others, if any, only know its path."""
     from diffopd.run_folder import RunFolder
 
-    return RunFolder.create(recipe.output_dir, recipe, hashes) if _is_main() else RunFolder(Path(recipe.output_dir))
+    path = Path(recipe.output_dir)
+    return RunFolder.create(path, recipe, hashes, processes) if _is_main() else RunFolder(path)
 
 
 def _finish(run: Path) -> None:

@@ -20,7 +20,8 @@ from diffopd.settings import Source
 
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy")
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")
-# Settings that a resumed run may change: they say when to stop, save or score, not what an update computes.
+# Settings that a resumed run may change: they say when to stop, save or score, not what an update computes (but see
+# SCHEDULE).
 FREE_TO_CHANGE = {
     "output_dir",
     "evaluate",
@@ -34,6 +35,7 @@ FREE_TO_CHANGE = {
     "train.report_to",
     "train.attention_backend",
 }
+SCHEDULE = {"train.max_train_steps", "train.max_train_seconds"}  # a cosine falls towards them: fixed under it
 
 
 @dataclass(frozen=True)
@@ -43,28 +45,35 @@ class RunFolder:
     path: Path
 
     @classmethod
-    def create(cls, path: Path | str, recipe: Recipe, hashes: dict[str, str]) -> RunFolder:
-        """Make the folder of a run, or take up the one that this recipe began.
+    def check(cls, path: Path | str, recipe: Recipe, hashes: dict[str, str], processes: int = 1) -> RunFolder:
+        """The folder of a run, not yet made or begun by this recipe; nothing is written.
 
-        hashes: file -> sha256 of the weights the run starts from. Raises UserError, having written nothing,
-        for
-        a folder that holds anything else: other files, another recipe's run, a run with other weights.
+        hashes: file -> sha256 of all that the run begins with. processes: how many train, each with its own batch.
+        Raises UserError for a folder that holds anything else: other files, another recipe's run, a run with other
+        weights or prompts, a run of another number of processes.
         """
         folder = cls(Path(path))
         if (folder.path / "recipe.json").is_file():
-            folder._refuse_another_run(recipe, hashes)
-            folder._forget_rows_after(folder.latest_checkpoint())
+            folder._refuse_another_run(recipe, hashes, processes)
         elif folder.path.exists() and (not folder.path.is_dir() or any(folder.path.iterdir())):
             raise UserError(
                 f"output_dir {folder.path} is not empty and holds no run. Nothing was written; "
                 "name a new folder with --output-dir."
             )
+        return folder
+
+    @classmethod
+    def create(cls, path: Path | str, recipe: Recipe, hashes: dict[str, str], processes: int = 1) -> RunFolder:
+        """Make the folder of a run, or take up the one that this recipe began. Raises UserError as `check`."""
+        folder = cls.check(path, recipe, hashes, processes)
+        if (folder.path / "recipe.json").is_file():
+            folder._forget_rows_after(folder.latest_checkpoint())
         try:
             folder.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             reason = f"output_dir {folder.path} cannot be made ({error.strerror}). Name another."
             raise UserError(reason) from error
-        stored = {"recipe": recipe.resolved(), "source": str(recipe.path), "hashes": hashes}
+        stored = {"recipe": recipe.resolved(), "source": str(recipe.path), "hashes": hashes, "processes": processes}
         folder.write("recipe.toml", recipe.source_text)
         folder.write("recipe.json", json.dumps(stored | {"versions": versions()}, indent=2) + "\n")
         return folder
@@ -108,7 +117,7 @@ class RunFolder:
         return from_resolved(stored["recipe"], Source(Path(stored["source"]), text, {}))
 
     def hashes(self) -> dict[str, str]:
-        """file -> sha256 of the weights the run started from."""
+        """file -> sha256 of all that the run began with: weights, configs, prompts, rewards."""
         return self._stored()["hashes"]
 
     def versions(self) -> dict[str, str]:
@@ -118,13 +127,21 @@ class RunFolder:
     def _stored(self) -> dict[str, Any]:
         return json.loads((self.path / "recipe.json").read_text(encoding="utf-8"))
 
-    def _refuse_another_run(self, recipe: Recipe, hashes: dict[str, str]) -> None:
+    def _refuse_another_run(self, recipe: Recipe, hashes: dict[str, str], processes: int) -> None:
         stored = self._stored()
-        changes = _differences(stored["recipe"], recipe.resolved())
+        free = FREE_TO_CHANGE - (SCHEDULE if recipe.train.lr_scheduler == "cosine" else set())
+        changes = _differences(stored["recipe"], recipe.resolved(), free)
         if changes:
             raise UserError(
                 f"output_dir {self.path} holds another run: {'; '.join(changes[:3])}. Nothing was written; "
                 "give the same recipe to resume, or another --output-dir for a new run."
+            )
+        count = stored.get("processes", 1)
+        if count != processes:
+            raise UserError(
+                f"output_dir {self.path} holds a run of {count} process{'es' * (count > 1)}, and {processes} would make "
+                "its updates from another number of pictures. Nothing was written; resume it with "
+                f"--processes {count}, or give another --output-dir for a new run."
             )
         for file, digest in hashes.items():
             before = stored["hashes"].get(file)
@@ -132,7 +149,7 @@ class RunFolder:
                 was = f"was {before[:12]}..., is {digest[:12]}..." if before else "was not there"
                 raise UserError(
                     f"output_dir {self.path}: {file} is not what this run began with (sha256 {was}). Restore "
-                    "the file, or give another --output-dir for a run with the new weights."
+                    "the file, or give another --output-dir for a run with the new one."
                 )
         if recipe.train.resume_from_checkpoint == "none" and self.latest_checkpoint():
             raise UserError(
@@ -175,15 +192,16 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _differences(before: Any, after: Any, key: str = "") -> list[str]:
-    """'key was X, is Y' for every setting that makes another run."""
-    if key in FREE_TO_CHANGE or before == after:
+def _differences(before: Any, after: Any, free: set[str], key: str = "") -> list[str]:
+    """'key was X, is Y' for every setting that makes another run, those in `free` aside."""
+    if key in free or before == after:
         return []
     if isinstance(before, dict) and isinstance(after, dict):
         names = sorted({*before, *after})
         return [
             difference
             for name in names
-            for difference in _differences(before.get(name), after.get(name), f"{key}.{name}" if key else name)
+            for difference in _differences(before.get(name), after.get(name), free, f"{key}.{name}" if key else name)
         ]
-    return [f"{key} was {json.dumps(before)}, is {json.dumps(after)}"]
+    why = " (its cosine falls towards it)" if key in SCHEDULE else ""
+    return [f"{key} was {json.dumps(before)}, is {json.dumps(after)}{why}"]

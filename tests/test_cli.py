@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from diffopd import __version__, locate
 from diffopd.cli import app
+from diffopd.preflight import check
 from diffopd.recipe import read_recipe
 from diffopd.run_folder import RunFolder
 
@@ -39,9 +40,38 @@ def write_line(path, number, line):
     path.write_text("\n".join(lines) + "\n")
 
 
-def hold_another_run(place):
-    recipe = read_recipe(place / "tiny.toml", ["seed=9"])
-    RunFolder.create(place / "run", recipe, {})
+def hold_run(place, *overrides, processes=1):
+    """A run of the recipe as it stands, hashes and all."""
+    recipe = read_recipe(place / "tiny.toml", list(overrides))
+    RunFolder.create(place / "run", recipe, check(recipe, hash_weights=True).hashes, processes)
+
+
+def hold_run_with_other_prompts(place):
+    hold_run(place)
+    write_line(place / TRAIN, 1, json.dumps({"prompt": "something else"}))
+
+
+def hold_run_with_another_cosine(place):
+    replace(place / "tiny.toml", "max_train_steps = 2", 'lr_scheduler = "cosine"\nmax_train_steps = 2')
+    hold_run(place, "train.max_train_steps=3")
+
+
+def make_selves(place):
+    """Both teachers are the student's average."""
+    for name in ("dots", "lines"):
+        path = place / name / "teacher.toml"
+        lines = [line for line in path.read_text().splitlines() if not line.startswith(("weights", "sha256"))]
+        path.write_text("\n".join(lines).replace('form = "lora"', 'form = "ema"') + "\n")
+
+
+def add(place, *lines):
+    """Further settings of the student, from line 8 on."""
+    replace(place / "tiny.toml", "rank = 2", "\n".join(["rank = 2", *lines]))
+
+
+def add_to_training(place, line):
+    """One more setting of [train], at line 20."""
+    replace(place / "tiny.toml", "learning_rate = 1e-3", f"learning_rate = 1e-3\n{line}")
 
 
 def replace_base(place, **options):
@@ -114,13 +144,48 @@ BAD_INPUT = {
         "the card says 000000000000",
     ),
     "missing reward": (lambda p: (p / "dots/reward.py").unlink(), "dots/reward.py", "there is no file"),
-    "another run in the folder": (hold_another_run, "/run", "seed was 9, is 3"),
+    "another run in the folder": (lambda p: hold_run(p, "seed=9"), "/run", "seed was 9, is 3"),
+    "a run of more processes": (lambda p: hold_run(p, processes=2), "/run", "resume it with --processes 2"),
+    "a run of other prompts": (hold_run_with_other_prompts, "/run", "dots: train prompts is not what this run began"),
+    "a run of another cosine": (hold_run_with_another_cosine, "/run", "max_train_steps was 3, is 2 (its cosine"),
+    "two averages of the student": (make_selves, "tiny.toml:14", "at most one teacher"),
+    "targets that match nothing": (
+        lambda p: add(p, 'target_modules = ["nothing"]'),
+        "tiny.toml:8",
+        "gives no LoRA on the base's UNet2DConditionModel",
+    ),
+    "non-finite argument": (lambda p: add(p, "call = {eta = nan}"), "tiny.toml:8", "not a finite number"),
+    "non-finite scheduler": (lambda p: add(p, "scheduler.beta_start = nan"), "tiny.toml:8", "not a finite number"),
+    "negative eta": (lambda p: add(p, "call.eta = -1.0"), "tiny.toml:8", "from 0 (none) to 1"),
+    "a solver without its steps": (
+        lambda p: add(p, 'scheduler = {class = "HeunDiscreteScheduler"}', 'solver = "dpmpp_2m"'),
+        "tiny.toml:9",
+        "HeunDiscreteScheduler makes 3 for 2 steps",
+    ),
+    "a tracker that is missing": (
+        lambda p: add_to_training(p, 'report_to = ["wandb"]'),
+        "tiny.toml:20",
+        "Install diffopd[wandb]",
+    ),
+    "an attention that is missing": (
+        lambda p: add_to_training(p, 'attention_backend = "xformers"'),
+        "tiny.toml:20",
+        "Install diffopd[xformers]",
+    ),
+    "a last step without effect": (
+        lambda p: replace(p / "tiny.toml", 'name = "mean"', 'name = "mean"\nfinal_step = "skip"'),
+        "tiny.toml:17",
+        "has no effect on objective 'mean'",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", BAD_INPUT)
 def test_bad_input_ends_with_code_2_names_the_place_and_writes_nothing(place, monkeypatch, case):
     monkeypatch.setattr(locate, "teacher_names", lambda: ["composition", "style", "text"])
+    monkeypatch.setattr("diffopd.assemble.load_pipeline", None)  # whoever loads weights would fail otherwise
+    for name in ("wandb", "xformers"):
+        monkeypatch.setitem(sys.modules, name, None)
     spoil, where, reason = BAD_INPUT[case]
     spoil(place)
     before = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}

@@ -49,6 +49,35 @@ def test_another_recipe_is_refused_and_nothing_is_written(recipe_file, tmp_path,
     assert named in str(caught.value) and contents(folder.path) == before
 
 
+@pytest.mark.parametrize("key", ["max_train_steps", "max_train_seconds"])
+def test_an_end_may_move_unless_a_cosine_falls_towards_it(recipe_file, tmp_path, key):
+    for schedule in ("constant", "cosine"):
+        first = [f"train.lr_scheduler={schedule}", "train.max_train_seconds=5"]
+        folder = RunFolder.create(tmp_path / schedule, read_recipe(recipe_file, first), HASHES)
+        before, later = contents(folder.path), read_recipe(recipe_file, [*first, f"train.{key}=9"])
+        if schedule == "constant":
+            RunFolder.create(folder.path, later, HASHES)
+            continue
+        with pytest.raises(UserError, match=rf"train.{key} was \S+, is 9.* \(its cosine falls towards it\)"):
+            RunFolder.create(folder.path, later, HASHES)
+        assert contents(folder.path) == before
+
+
+def test_another_number_of_processes_is_refused_and_nothing_is_written(recipe_file, tmp_path):
+    recipe = read_recipe(recipe_file)
+    folder = RunFolder.create(tmp_path / "run", recipe, HASHES, processes=2)
+    before = contents(folder.path)
+    with pytest.raises(UserError, match="holds a run of 2 processes, and 1 would.*resume it with --processes 2"):
+        RunFolder.create(folder.path, recipe, HASHES)
+    assert contents(folder.path) == before
+    RunFolder.create(folder.path, recipe, HASHES, processes=2)
+
+
+def test_checking_a_folder_writes_nothing(recipe_file, tmp_path):
+    folder = RunFolder.check(tmp_path / "run", read_recipe(recipe_file), HASHES)
+    assert not folder.path.exists()
+
+
 def test_a_changed_teacher_is_refused_on_resume(recipe_file, tmp_path):
     recipe = read_recipe(recipe_file)
     folder = RunFolder.create(tmp_path / "run", recipe, HASHES)
