@@ -1,12 +1,13 @@
 """Scores of base, teachers and student on the same held-out prompts with the same seeds.
 
 Every model is asked for every task, at its own settings. Scores of shipped references (base and teachers) come from
-their cards when the hashes of the weights are those of the card; `everything` measures them again, and the weight
-average of the teachers with them.
+their cards when weights, prompts, rewards and calls are those of the card; `everything` measures them again, and the
+weight average of the teachers with them.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -23,14 +24,16 @@ from rich.progress import Progress
 from diffopd import noise
 from diffopd.adapters import AdapterSwitch, freeze
 from diffopd.assemble import own_denoisers, student_arguments, with_denoiser, with_scheduler
+from diffopd.blueprint import pipeline_hashes
 from diffopd.data import PromptRow, read_prompts
 from diffopd.drive import Call, denoiser_of, shell, survey
 from diffopd.load import load_lora, load_pipeline, student_pipeline
+from diffopd.locate import find_pipeline
 from diffopd.metrics import bootstrap_interval, diversity, ratio_interval
 from diffopd.processes import default_device
-from diffopd.recipe import Recipe
+from diffopd.recipe import Recipe, TeacherSettings
 from diffopd.run_folder import RunFolder, atomic_write
-from diffopd.teacher import TeacherCard, load_reward, teacher_card, weights_sha256
+from diffopd.teacher import TeacherCard, load_reward, teacher_card
 
 EVALUATION = 2**31 + 16  # noise key: no update of a run ever has this number
 GRID_PICTURES = 6
@@ -113,13 +116,13 @@ def reference_contenders(recipe: Recipe, cards: list[TeacherCard]) -> list[Conte
         if card.form == "lora":
             load_lora(base, card, adapter_name=card.name)
     switch = AdapterSwitch(denoiser_of(base))
-    steps = max(card.num_inference_steps for card in cards)
+    steps = max(map(own_steps, recipe.teachers, cards))
     told = {**recipe.student.call}
     found = [
         Contender("base", Call(shell(base), told, lambda: switch.bound(None)), steps, scale)
         for scale in recipe.evaluate.guidance_scales
     ]
-    found += _average(recipe, cards, base, switch)
+    found += _average(recipe, cards, base, switch, steps)
     for settings, card in zip(recipe.teachers, cards, strict=True):
         if card.form in ("base", "ema"):  # the base is there already; an average of the student is not a reference
             continue
@@ -128,19 +131,26 @@ def reference_contenders(recipe: Recipe, cards: list[TeacherCard]) -> list[Conte
         pipeline = with_denoiser(base, own[card.name]) if has_own else shell(base)
         binding = nullcontext if has_own else partial(switch.bound, card.name)
         call = Call(pipeline, {**settings.call}, binding)
-        for count in dict.fromkeys((card.num_inference_steps, recipe.student.num_inference_steps)):
+        for count in dict.fromkeys((own_steps(settings, card), recipe.student.num_inference_steps)):
             found.append(Contender(f"teacher:{card.name}", call, count, scale))
     return found
 
 
-def _average(recipe: Recipe, cards: list[TeacherCard], base: Any, switch: AdapterSwitch) -> list[Contender]:
+def own_steps(settings: TeacherSettings, card: TeacherCard) -> int:
+    """At how many steps a teacher is scored as itself: the recipe's word, else its card's."""
+    return settings.num_inference_steps or card.num_inference_steps
+
+
+def _average(
+    recipe: Recipe, cards: list[TeacherCard], base: Any, switch: AdapterSwitch, steps: int
+) -> list[Contender]:
     """The weight average of the teachers, what merging them without training gives; only where all are LoRA."""
     if len(cards) < 2 or any(card.form != "lora" for card in cards):
         return []
     names = [card.name for card in cards]
     call = Call(shell(base), {**recipe.student.call}, lambda: switch.averaged(names))
     scale = round(sum(card.guidance_scale for card in cards) / len(cards), 2)
-    counts = dict.fromkeys((max(card.num_inference_steps for card in cards), recipe.student.num_inference_steps))
+    counts = dict.fromkeys((steps, recipe.student.num_inference_steps))
     return [Contender("average", call, count, scale) for count in counts]
 
 
@@ -208,30 +218,50 @@ def _measure_one(contender: Contender, task: Task, recipe: Recipe, advance: Call
 
 
 def base_sha256(recipe: Recipe) -> str:
-    """The hash of the base's denoiser weights."""
-    from diffopd.locate import find_pipeline
+    """One hash of all that the base is loaded from: weights of every component, configs, tokenizer files."""
+    found = pipeline_hashes(find_pipeline(recipe.student.pretrained_model_name_or_path))
+    return hashlib.sha256("".join(f"{file} {digest}\n" for file, digest in found.items()).encode()).hexdigest()
 
-    folder = find_pipeline(recipe.student.pretrained_model_name_or_path)
-    return weights_sha256(folder / ("unet" if (folder / "unet").is_dir() else "transformer"))
+
+def card_conditions(recipe: Recipe, settings: TeacherSettings, card: TeacherCard, base: str) -> dict[str, Any]:
+    """What the scores of a card depend on, tasks aside: weights, scheduler, and what base and teacher are told.
+
+    base: the hash of `base_sha256`.
+    """
+    return {
+        "base_sha256": base,
+        "weights_sha256": card.digest(),
+        "scheduler": recipe.student.scheduler,
+        "base_call": recipe.student.call,
+        "teacher_call": settings.call,
+    }
+
+
+def task_conditions(cards: list[TeacherCard]) -> dict[str, dict[str, str]]:
+    """Task -> hashes of its held-out prompts and of its reward's file."""
+    return {
+        card.name: {k: v for k, v in card.task_hashes().items() if k != "train prompts"} | {"reward": card.reward}
+        for card in cards
+    }
 
 
 def card_results(
     recipe: Recipe, cards: list[TeacherCard], tasks: list[Task]
 ) -> dict[tuple[tuple[str, int, float], str], Result]:
-    """What the cards say of exactly these weights, prompts and seeds; anything else is left to be measured."""
+    """What the cards say under exactly these conditions, prompts and seeds; anything else is left to be measured."""
     known = {}
-    base = base_sha256(recipe)
+    base, asked = base_sha256(recipe), task_conditions(cards)
     counts = {task.name: len(task.rows) for task in tasks}
-    for card in cards:
+    for settings, card in zip(recipe.teachers, cards, strict=True):
         file = card.folder / CARD_SCORES
         if not file.is_file():
             continue
         stored = json.loads(file.read_text(encoding="utf-8"))
-        if stored["base_sha256"] != base or stored["weights_sha256"] != card.digest():
+        if stored.get("conditions") != card_conditions(recipe, settings, card, base):
             continue
         for row in stored["rows"]:
-            fits = row["task"] in counts and row["seeds"] == recipe.evaluate.seeds
-            if not fits or len(row["scores"]) < counts[row["task"]]:
+            same_task = row["task"] in counts and stored["tasks"].get(row["task"]) == asked[row["task"]]
+            if not same_task or row["seeds"] != recipe.evaluate.seeds or len(row["scores"]) < counts[row["task"]]:
                 continue
             contender = row["model"], row["num_inference_steps"], row["guidance_scale"]
             scores = row["scores"][: counts[row["task"]]]

@@ -31,9 +31,16 @@ def train(recipe_path, *overrides):
 def finished(tmp_path_factory, tiny_sd, tiny_teachers):
     """A trained and evaluated run of both tiny teachers."""
     place = tmp_path_factory.mktemp("finished")
-    path = train(tiny.write_recipe(place / "r.toml", tiny_sd, tiny_teachers), "train.learning_rate=1e-2")
+    recipe = tiny.write_recipe(place / "r.toml", tiny_sd, tiny_teachers)
+    path = train(recipe, "train.learning_rate=1e-2", "teachers.0.guidance_scale=5.0")
     evaluate_run(path, everything=True)
     return path
+
+
+@pytest.fixture(scope="module")
+def exported(finished):
+    """The export of `finished`. Read only."""
+    return export_run(finished)
 
 
 def scores_of(path):
@@ -46,8 +53,8 @@ def test_every_model_is_scored_on_every_task_at_its_settings(finished):
     assert settings == {
         ("base", 8, 1.0),
         ("base", 8, 2.0),
-        ("teacher:dots", 8, 2.0),
-        ("teacher:dots", 2, 2.0),
+        ("teacher:dots", 8, 5.0),
+        ("teacher:dots", 2, 5.0),
         ("teacher:lines", 8, 1.0),
         ("teacher:lines", 2, 1.0),
         ("average", 8, 1.5),
@@ -104,11 +111,9 @@ def test_scores_of_a_card_stand_in_for_exactly_its_weights(finished, tiny_sd, ti
         "model": "teacher:dots", "task": "dots", "num_inference_steps": 8, "guidance_scale": 2.0, "score": 0.25,
         "scores": [0.25, 0.25], "diversity": 0.1, "seconds": 1.0, "seeds": [0],
     }  # fmt: skip
-    stored = {
-        "base_sha256": evaluation.base_sha256(recipe),
-        "weights_sha256": cards[0].digest(),
-        "rows": [row],
-    }
+    base = evaluation.base_sha256(recipe)
+    conditions = evaluation.card_conditions(recipe, recipe.teachers[0], cards[0], base)
+    stored = {"conditions": conditions, "tasks": evaluation.task_conditions(cards), "rows": [row]}
     (shelf / "scores.json").write_text(json.dumps(stored))
     path = train(recipe_path)
     evaluate_run(path)
@@ -117,16 +122,14 @@ def test_scores_of_a_card_stand_in_for_exactly_its_weights(finished, tiny_sd, ti
     evaluate_run(path, everything=True)
     found = [r for r in scores_of(path) if r["model"] == "teacher:dots" and r["num_inference_steps"] == 8]
     assert found[0]["source"] == "measured" and found[0]["score"] != 0.25
-    (shelf / "scores.json").write_text(json.dumps(stored | {"weights_sha256": "0" * 64}))
+    (shelf / "scores.json").write_text(json.dumps(stored | {"conditions": conditions | {"weights_sha256": "0" * 64}}))
     assert evaluation.card_results(recipe, cards, evaluation.tasks_of(cards, 2)) == {}
 
 
-def test_an_export_is_reloaded_by_a_stranger_to_the_students_pictures(finished):
-    target = export_run(finished)
+def test_an_export_is_reloaded_by_a_stranger_to_the_students_pictures(exported):
+    target = exported
     checks = json.loads((target / "checks.json").read_text())
     assert checks["pipeline"] == 0 and checks["lora"] < 1e-3
-    card = (target / "README.md").read_text()
-    assert "num_inference_steps=2, guidance_scale=1.0" in card and "CC0-1.0" in card
     assert (target / "pipeline" / "tokenizer" / "merges.txt").is_file()
     import diffusers
 
@@ -135,24 +138,62 @@ def test_an_export_is_reloaded_by_a_stranger_to_the_students_pictures(finished):
     assert not hasattr(pipeline.unet, "peft_config"), "the adapter must be fused and unloaded"
 
 
-def test_the_models_cards_lines_of_code_run(finished, monkeypatch, tmp_path):
-    target = export_run(finished)
+def test_the_models_card_says_how_to_use_it_whom_it_learned_from_and_how(exported, tiny_teachers):
+    card = (exported / "README.md").read_text()
+    assert "num_inference_steps=2, guidance_scale=1.0" in card and "CC0-1.0" in card
+    for folder, guidance in zip(tiny_teachers, ("5", "1"), strict=True):  # 5 by the recipe, 2 by its card
+        digest = evaluation.teacher_card(str(folder), folder).digest()
+        assert f"| {folder.name} | lora | {guidance} | `{digest}` | CC0-1.0 |" in card
+    for line in (
+        "| trained | LoRA, rank 2, alpha 4 |",
+        "| objective | mean, query all, student states |",
+        "| teacher substeps | 1 (auto) between two states of the student |",
+        "| updates | 2 (8 pictures) |",
+        "| batch | 2 x 1 pictures a task and process |",
+        "| learning rate | 0.01, constant, 0 updates of warm-up |",
+        "| seed | 3 |",
+    ):
+        assert line in card
+    assert "walked with the solver" not in card
+
+
+def test_the_models_card_says_that_a_named_solver_is_not_what_it_is_deployed_with(finished, tiny_teachers):
+    from diffopd import export as exporting
+
+    folder = RunFolder.open(finished)
+    recipe = folder.recipe()
+    other = recipe.model_copy(update={"student": recipe.student.model_copy(update={"solver": "lcm"})})
+    other._source = recipe._source
+    cards = [evaluation.teacher_card(str(path), path) for path in tiny_teachers]
+    assert "the student walked with the solver `lcm`. Its scores here" in exporting.model_card(other, cards, folder, {})
+
+
+def test_the_models_cards_lines_of_code_run(exported, monkeypatch, tmp_path):
+    target = exported
     code = (target / "README.md").read_text().split("```python\n")[1].split("```")[0]
     monkeypatch.chdir(tmp_path)
     exec(code.replace("PATH/TO/export/pipeline", str(target / "pipeline")), {})
     assert (tmp_path / "picture.png").is_file()
 
 
-def test_a_stranger_that_draws_something_else_stops_the_export(finished, monkeypatch):
+@pytest.mark.parametrize("form", ["pipeline", "lora"])
+def test_a_stranger_that_draws_something_else_stops_the_export(finished, exported, monkeypatch, form):
     from diffopd import export as exporting
 
-    first = export_run(finished)
-    before = sorted(path.name for path in first.iterdir())
-    real = exporting._ask_stranger
-    monkeypatch.setattr(exporting, "_ask_stranger", lambda *args: real(*args) + 0.01)
-    with pytest.raises(UserError, match="other pictures"):
+    before = {path: path.stat().st_mtime_ns for path in exported.rglob("*")}
+    recipe = RunFolder.open(finished).recipe()
+    call = loop.Call(student_pipeline(finished), {"num_inference_steps": 2, "guidance_scale": 1.0, "output_type": "np"})
+
+    def draw(folder, forms, latents, arguments):
+        drawn = call.prompted(arguments["prompt"], latents=torch.from_numpy(latents))
+        images = drawn.pipeline(**drawn.arguments).images
+        return {name: images + 0.01 * (name == form) for name in forms}
+
+    assert recipe.student.train == "lora"
+    monkeypatch.setattr(exporting, "_ask_stranger", draw)
+    with pytest.raises(UserError, match=f"The exported {form} draws other pictures"):
         export_run(finished)
-    assert sorted(path.name for path in first.iterdir()) == before
+    assert {path: path.stat().st_mtime_ns for path in exported.rglob("*")} == before
 
 
 def test_the_stranger_cannot_import_us():
@@ -170,20 +211,39 @@ def test_the_stranger_cannot_import_us():
     assert "diffopd could be imported" in done.stderr
 
 
-def test_a_full_student_is_exported_too(tmp_path, tiny_sd, tiny_teachers):
+def test_a_full_student_is_exported_too_and_a_scheduler_override_travels_with_it(tmp_path, tiny_sd, tiny_teachers):
     recipe = tiny.write_recipe(tmp_path / "r.toml", tiny_sd, tiny_teachers[:1])
-    path = train(recipe, "student.train=full", "train.learning_rate=1e-4")
+    scheduler = 'student.scheduler={class="DPMSolverMultistepScheduler", rescale_betas_zero_snr=false}'
+    path = train(recipe, "student.train=full", "train.learning_rate=1e-4", "train.max_train_steps=1", scheduler)
     target = export_run(path)
     assert json.loads((target / "checks.json").read_text()) == {"pipeline": 0.0}
     assert not (target / "lora").exists()
-
-
-def test_a_scheduler_override_travels_with_the_export(tmp_path, tiny_sd, tiny_teachers):
-    recipe = tiny.write_recipe(tmp_path / "r.toml", tiny_sd, tiny_teachers[:1])
-    path = train(recipe, 'student.scheduler={class="DPMSolverMultistepScheduler", rescale_betas_zero_snr=false}')
-    target = export_run(path)
     assert "DPMSolverMultistepScheduler" in (target / "pipeline" / "model_index.json").read_text()
-    assert json.loads((target / "checks.json").read_text())["pipeline"] == 0
+
+
+def test_a_guided_student_with_negative_prompt_and_noisy_scheduler_goes_the_whole_road(
+    tmp_path, tiny_sd, tiny_teachers, monkeypatch
+):
+    """LCM's scheduler draws noise at each step: a stranger must draw the same. Both sides keep a negative prompt."""
+    recipe = tiny.write_recipe(tmp_path / "r.toml", tiny_sd, tiny_teachers[:1])
+    path = train(
+        recipe, 'student.scheduler={class="LCMScheduler"}', "student.guidance_scale=3.0",
+        'student.negative_prompt="ugly"', 'teachers.0.call.negative_prompt="dull"', "train.max_train_steps=1",
+    )  # fmt: skip
+    asked = []
+    real = evaluation.Call.prompted
+    monkeypatch.setattr(
+        evaluation.Call, "prompted", lambda *args, **more: asked.append(real(*args, **more).arguments) or real(*args, **more)
+    )
+    evaluate_run(path, everything=True)
+    told = {tuple(call["negative_prompt"]) for call in asked if "negative_prompt" in call and len(call["prompt"]) == 2}
+    assert told == {("ugly", "ugly"), ("dull", "dull")}
+    assert {row["model"] for row in scores_of(path)} == {"base", "teacher:dots", "student"}
+    target = export_run(path)
+    checks = json.loads((target / "checks.json").read_text())
+    assert checks["pipeline"] == 0 and checks["lora"] < 1e-3
+    card = (target / "README.md").read_text()
+    assert "| negative prompt | ugly |" in card and "negative_prompt = 'dull'" in card
 
 
 def test_a_student_of_a_run_without_checkpoint_is_refused(tmp_path, tiny_recipe):

@@ -1,0 +1,122 @@
+"""Scores of cards stand in only for what they were measured on."""
+
+import importlib.util
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny
+
+from diffopd import evaluate as evaluation
+from diffopd.recipe import read_recipe
+from diffopd.teacher import teacher_card
+
+ROOT = Path(__file__).parents[1]
+
+
+def read(place, *overrides):
+    recipe = read_recipe(place / "r.toml", list(overrides))
+    cards = [teacher_card(settings.name, recipe.path) for settings in recipe.teachers]
+    return recipe, cards
+
+
+def known(place, *overrides):
+    recipe, cards = read(place, *overrides)
+    return set(evaluation.card_results(recipe, cards, evaluation.tasks_of(cards, 2)))
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory, tiny_sd, tiny_teachers):
+    """Both tiny teachers with cards that scripts/world_scores.py wrote. Read only."""
+    place = tmp_path_factory.mktemp("scored")
+    shutil.copytree(tiny_sd, place / "base")
+    folders = [shutil.copytree(folder, place / folder.name) for folder in tiny_teachers]
+    tiny.write_recipe(place / "r.toml", "./base", [Path(f"./{folder.name}") for folder in folders])
+    text = (place / "r.toml").read_text()
+    (place / "r.toml").write_text(text.replace('name = "dots"', 'name = "./dots"').replace('"lines"', '"./lines"'))
+    spec = importlib.util.spec_from_file_location("world_scores", ROOT / "scripts" / "world_scores.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    script.main(["dots", "lines"], place / "r.toml", prompts=2, seeds=[0], guidance=[1.0, 2.0], batch=2)
+    return place
+
+
+@pytest.fixture
+def place(scored, tmp_path):
+    """A copy that a test may change; paths in it are relative."""
+    return shutil.copytree(scored, tmp_path / "scored")
+
+
+def test_a_card_holds_its_teacher_on_all_tasks_and_the_base_on_its_own(scored):
+    scales = {"dots": 2.0, "lines": 1.0}
+    teachers = [(f"teacher:{name}", steps, scale) for name, scale in scales.items() for steps in (8, 2)]
+    base = [("base", 8, scale) for scale in (1.0, 2.0)]
+    assert known(scored) == {(contender, task) for contender in (*teachers, *base) for task in ("dots", "lines")}
+
+
+def test_scores_of_a_card_are_those_that_a_measurement_gives(scored):
+    recipe, cards = read(scored)
+    tasks = evaluation.tasks_of(cards, 2)
+    of_cards = evaluation.card_results(recipe, cards, tasks)
+    teacher = next(c for c in evaluation.reference_contenders(recipe, cards) if c.key == ("teacher:dots", 8, 2.0))
+    measured = evaluation.measure([(teacher, tasks[1])], recipe)[0]
+    assert of_cards[teacher.key, "lines"].scores == pytest.approx(measured.scores, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "base/unet/diffusion_pytorch_model.safetensors",
+        "base/vae/diffusion_pytorch_model.safetensors",
+        "base/text_encoder/model.safetensors",
+        "base/scheduler/scheduler_config.json",
+    ],
+)
+def test_another_base_is_measured(place, file):
+    with (place / file).open("ab") as opened:
+        opened.write(b"\n")
+    assert known(place) == set()
+
+
+@pytest.mark.parametrize("file", ["dots/prompts/test.jsonl", "dots/reward.py"])
+def test_a_changed_task_is_measured_and_the_other_one_is_not(place, file):
+    before = known(place)
+    text = (place / file).read_text()
+    (place / file).write_text(text.replace("a dot", "a spot").replace("Mean brightness", "The mean brightness"))
+    assert (place / file).read_text() != text
+    assert known(place) == {(contender, task) for contender, task in before if task == "lines"}
+
+
+def test_training_prompts_do_not_matter_to_scores(place):
+    (place / "dots" / "prompts" / "train.jsonl").write_text('{"prompt": "anything"}\n')
+    assert len(known(place)) == 12
+
+
+def test_another_lora_is_measured_and_the_other_teacher_is_not(place):
+    tiny.save_lora(place / "dots", place / "base", seed=7)
+    card = place / "dots" / "teacher.toml"
+    card.write_text("\n".join(line for line in card.read_text().splitlines() if not line.startswith("sha256")) + "\n")
+    assert {contender[0] for contender, _ in known(place)} == {"base", "teacher:lines"}
+    assert {task for (model, *_), task in known(place) if model == "base"} == {"lines"}
+
+
+@pytest.mark.parametrize(
+    ("option", "left"),
+    [
+        ("student.scheduler.rescale_betas_zero_snr=false", set()),
+        ("student.call.eta=0.5", set()),
+        ("teachers.dots.call.guidance_rescale=0.5", {"base", "teacher:lines"}),
+        ("evaluate.seeds=[1]", set()),
+        ("train.learning_rate=0.5", {"base", "teacher:dots", "teacher:lines"}),
+    ],
+)
+def test_other_settings_are_measured_where_they_matter(scored, option, left):
+    assert {contender[0] for contender, _ in known(scored, option)} == left
+
+
+def test_the_recipes_number_of_steps_of_a_teacher_is_used(scored):
+    recipe, cards = read(scored, "teachers.dots.num_inference_steps=12")
+    settings = {c.key for c in evaluation.reference_contenders(recipe, cards)}
+    assert {("teacher:dots", 12, 2.0), ("teacher:dots", 2, 2.0), ("teacher:lines", 8, 1.0)} <= settings
+    assert ("teacher:dots", 8, 2.0) not in settings
+    assert {steps for model, steps, _ in settings if model in ("base", "average")} == {12, 2}
