@@ -121,10 +121,11 @@ def _sizes(parts: Parts) -> tuple[int, dict[str, int]]:
     else:
         trained = lora_size(recipe, denoiser)
     averages = int(recipe.train.ema_decay > 0) + sum(card.form == "ema" for card in parts.cards)
+    fused = trunk if recipe.train.fuse_teachers else 0
     memory = {
         "base denoiser": BYTES * trunk,
         "its other components": BYTES * others,
-        "teachers": BYTES * sum(_teacher_size(card, trunk if recipe.train.fuse_teachers else 0) for card in parts.cards),
+        "teachers": BYTES * sum(_teacher_size(card, fused) for card in parts.cards),
         "trained weights": BYTES * trained,
         "gradients and AdamW": 3 * BYTES * trained,
         "averages": BYTES * trained * averages,

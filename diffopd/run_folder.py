@@ -139,8 +139,8 @@ class RunFolder:
         count = stored.get("processes", 1)
         if count != processes:
             raise UserError(
-                f"output_dir {self.path} holds a run of {count} process{'es' * (count > 1)}, and {processes} would make "
-                "its updates from another number of pictures. Nothing was written; resume it with "
+                f"output_dir {self.path} holds a run of {count} process{'es' * (count > 1)}, and {processes} would "
+                "make its updates from another number of pictures. Nothing was written; resume it with "
                 f"--processes {count}, or give another --output-dir for a new run."
             )
         for file, digest in hashes.items():
