@@ -114,7 +114,7 @@ def _error(found: Tensor | float, wanted: Any, quantity: str) -> float:
     wanted = torch.as_tensor(wanted, dtype=torch.float64)
     found = torch.as_tensor(found).double()
     if 1 not in (wanted.numel(), found.numel()) and wanted.shape != found.shape:
-        raise BadFile(f"{quantity!r} has shape {list(wanted.shape)}; {list(found.shape)} is wanted")
+        raise ValueError(f"{quantity!r} has shape {list(wanted.shape)}; {list(found.shape)} is wanted")
     error = float(((found - wanted).abs() / wanted.abs().clamp(min=1)).max())
     return error if math.isfinite(error) else math.inf
 
