@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -50,6 +50,18 @@ class Call:
     def told(self, **arguments: Any) -> Call:
         """The same call with further or other keyword arguments."""
         return Call(self.pipeline, {**self.arguments, **arguments}, self.binding)
+
+    def prompted(self, prompts: Sequence[str], **arguments: Any) -> Call:
+        """The same call for a batch of B prompts: a negative prompt that is one string is repeated B times.
+
+        Stock pipelines refuse a list of prompts beside a negative prompt that is a string.
+        """
+        repeated = {
+            key: [value] * len(prompts)
+            for key, value in self.arguments.items()
+            if key.startswith("negative_prompt") and isinstance(value, str)
+        }
+        return self.told(**repeated, **arguments, prompt=list(prompts))
 
 
 def denoiser_of(pipeline: Any) -> nn.Module:

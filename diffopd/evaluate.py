@@ -165,7 +165,7 @@ def pictures(contender: Contender, rows: list[PromptRow], task: str, seed: int, 
     call = contender.call.told(
         num_inference_steps=contender.num_inference_steps, guidance_scale=contender.guidance_scale
     )
-    shape = survey(call.told(prompt=[rows[0].prompt], output_type="latent")).shape
+    shape = survey(call.prompted([rows[0].prompt], output_type="latent")).shape
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]
         latents = noise.draw(
@@ -176,10 +176,10 @@ def pictures(contender: Contender, rows: list[PromptRow], task: str, seed: int, 
             sample_indices=range(start, start + len(part)),
             device=call.pipeline.device,
         )
-        arguments = {**call.arguments, "prompt": [row.prompt for row in part], "latents": latents}
         generator = torch.Generator().manual_seed(noise.hash_of(seed, task, start))
+        asked = call.prompted([row.prompt for row in part], latents=latents, output_type="pil", generator=generator)
         with torch.no_grad(), call.binding():
-            yield call.pipeline(**arguments, output_type="pil", generator=generator).images
+            yield asked.pipeline(**asked.arguments).images
 
 
 def measure(wanted: list[tuple[Contender, Task]], recipe: Recipe) -> list[Result]:

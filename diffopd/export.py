@@ -24,6 +24,8 @@ from diffopd.teacher import TeacherCard, teacher_card
 
 EXPORT_SEED = 2**31 + 32  # noise key: no update of a run ever has this number
 PROBES = 4
+PROBE_SEED = 0  # of the noise that a stochastic scheduler draws, the same on both sides
+ALLOWED = {"pipeline": 0.0, "lora": 1e-3}  # largest pixel difference; a LoRA unfused sums in another order
 # Runs in a fresh interpreter in which this package cannot be imported.
 STRANGER = """
 import importlib.abc, json, sys
@@ -45,13 +47,15 @@ from diffusers import DiffusionPipeline
 
 asked = json.load(open(sys.argv[1]))
 torch.set_num_threads(asked["threads"])  # another count sums in another order
-pipeline = DiffusionPipeline.from_pretrained(asked["folder"], dtype=torch.float32, local_files_only=True)
-if asked["lora"]:
-    pipeline.load_lora_weights(asked["lora"])
-pipeline.set_progress_bar_config(disable=True)
 latents = torch.from_numpy(numpy.load(asked["latents"]))
-images = pipeline(prompt=asked["prompts"], latents=latents, output_type="np", **asked["arguments"]).images
-numpy.save(asked["images"], images)
+for form in asked["forms"]:
+    pipeline = DiffusionPipeline.from_pretrained(form["folder"], dtype=torch.float32, local_files_only=True)
+    if form["lora"]:
+        pipeline.load_lora_weights(form["lora"])
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(asked["seed"])  # for schedulers that draw noise
+    images = pipeline(latents=latents, generator=generator, output_type="np", **asked["arguments"]).images
+    numpy.save(form["images"], images)
 """
 
 
@@ -91,24 +95,21 @@ def verify(pipeline: Any, recipe: Recipe, cards: list[TeacherCard], folder: Path
     added to each layer's output instead of being fused into its weights).
     """
     rows = [row for task in tasks_of(cards, PROBES) for row in task.rows][:PROBES]
-    arguments = {k: v for k, v in student_arguments(recipe).items() if k != "output_type"}
-    if "negative_prompt" in arguments:
-        arguments["negative_prompt"] = [arguments["negative_prompt"]] * len(rows)
+    call = Call(pipeline, {k: v for k, v in student_arguments(recipe).items() if k != "output_type"})
     prompts = [row.prompt for row in rows]
-    shape = survey(Call(pipeline, {**arguments, "prompt": prompts[:1], "output_type": "latent"})).shape
+    shape = survey(call.prompted(prompts[:1], output_type="latent")).shape
     latents = noise.draw(
         shape, run_seed=recipe.seed, update=EXPORT_SEED, solver_step=0, sample_indices=range(len(rows))
     )
-    torch.manual_seed(0)
-    wanted = pipeline(prompt=prompts, latents=latents, output_type="np", **arguments).images
-    forms = {"pipeline": (str(folder / "pipeline"), None, 0.0)}
+    asked = call.prompted(prompts).arguments
+    generator = torch.Generator().manual_seed(PROBE_SEED)
+    wanted = pipeline(latents=latents, generator=generator, output_type="np", **asked).images
+    forms = {"pipeline": (str(folder / "pipeline"), None)}
     if (folder / "lora").is_dir():
-        base = _base_folder(recipe, folder)
-        forms["lora"] = (base, str(folder / "lora"), 1e-3)
+        forms["lora"] = (_base_folder(recipe, folder), str(folder / "lora"))
     differences = {}
-    for name, (where, lora, allowed) in forms.items():
-        found = _ask_stranger(folder, where, lora, prompts, latents.numpy(), arguments)
-        differences[name] = float(np.abs(found - wanted).max())
+    for name, found in _ask_stranger(folder, forms, latents.numpy(), asked).items():
+        differences[name], allowed = float(np.abs(found - wanted).max()), ALLOWED[name]
         if not differences[name] <= allowed:
             raise UserError(
                 f"The exported {name} draws other pictures than the student when stock diffusers reloads it (largest "
@@ -133,19 +134,21 @@ def _base_folder(recipe: Recipe, folder: Path) -> str:
 
 
 def _ask_stranger(
-    folder: Path, where: str, lora: str | None, prompts: list[str], latents: np.ndarray, arguments: dict[str, Any]
-) -> np.ndarray:
+    folder: Path, forms: dict[str, tuple[str, str | None]], latents: np.ndarray, arguments: dict[str, Any]
+) -> dict[str, np.ndarray]:
+    """form -> pictures that one other process draws with it; a form is a pipeline folder and a LoRA or None."""
     probe = folder / "probe"
     probe.mkdir(exist_ok=True)
     np.save(probe / "latents.npy", latents)
+    files = {name: probe.resolve() / f"{name}.npy" for name in forms}
     asked = {
-        "folder": where,
-        "lora": lora,
-        "prompts": prompts,
+        "forms": [
+            {"folder": where, "lora": lora, "images": str(files[name])} for name, (where, lora) in forms.items()
+        ],
         "arguments": arguments,
+        "seed": PROBE_SEED,
         "threads": torch.get_num_threads(),
         "latents": str((probe / "latents.npy").resolve()),
-        "images": str((probe / "images.npy").resolve()),
     }
     (probe / "asked.json").write_text(json.dumps(asked))
     (probe / "stranger.py").write_text(STRANGER)
@@ -153,7 +156,7 @@ def _ask_stranger(
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         raise UserError(f"Stock diffusers cannot reload the export:\n{done.stderr[-1500:]}")
-    images = np.load(probe / "images.npy")
+    images = {name: np.load(file) for name, file in files.items()}
     shutil.rmtree(probe)
     return images
 
@@ -175,10 +178,6 @@ def model_card(recipe: Recipe, cards: list[TeacherCard], folder: RunFolder, chec
     """README.md of the export: what it is, how to use it, whom it learned from, what it scores."""
     student, steps = recipe.student, recipe.student.num_inference_steps
     licenses = sorted({card.license for card in cards} | base_licenses(recipe))
-    teachers = [
-        f"| {card.name} | {card.form} | {card.guidance_scale:g} | `{(card.digest() or '-')[:16]}` | {card.license} |"
-        for card in cards
-    ]
     metadata = [
         "---",
         "library_name: diffusers",
@@ -206,7 +205,9 @@ def model_card(recipe: Recipe, cards: list[TeacherCard], folder: RunFolder, chec
         "",
         "| teacher | form | guidance | weights (sha256) | license |",
         "|---|---|---|---|---|",
-        *teachers,
+        *_teachers(recipe, cards),
+        "",
+        *_training(recipe, folder),
         "",
         f"Base: `{Path(student.pretrained_model_name_or_path).name}`. Licenses inherited from base and teachers: "
         f"{', '.join(licenses)}.",
@@ -218,6 +219,49 @@ def model_card(recipe: Recipe, cards: list[TeacherCard], folder: RunFolder, chec
         + ".",
     ]
     return "\n".join([*metadata, "", *body]) + "\n"
+
+
+def _teachers(recipe: Recipe, cards: list[TeacherCard]) -> list[str]:
+    """A row per teacher, as the recipe has it: its guidance may override the card's."""
+    rows = []
+    for settings, card in zip(recipe.teachers, cards, strict=True):
+        guidance = card.guidance_scale if settings.guidance_scale is None else settings.guidance_scale
+        told = "".join(f", {key} = {value!r}" for key, value in settings.call.items())
+        digest = f"`{card.digest()}`" if card.weights else "none of its own"
+        rows.append(f"| {card.name} | {card.form} | {guidance:g}{told} | {digest} | {card.license} |")
+    return rows
+
+
+def _training(recipe: Recipe, folder: RunFolder) -> list[str]:
+    """How the student was made, a row per setting that matters."""
+    student, objective, train = recipe.student, recipe.objective, recipe.train
+    progress = json.loads((folder.latest_checkpoint() / "state" / "progress.json").read_text())
+    lora = f"LoRA, rank {student.rank}, alpha {student.lora_alpha}" + (
+        f", starting as `{Path(student.init_weights).name}`" if student.init_weights else ""
+    )
+    rows = {
+        "trained": lora if student.train == "lora" else "all weights of the denoiser",
+        "objective": f"{objective.name}, query {objective.query}, {objective.states} states",
+        "teacher substeps": f"{objective.substeps} ({objective.substep_solver}) between two states of the student",
+        "tasks per update": train.tasks_per_update,
+        "updates": f"{progress['update']} ({progress['images']} pictures)",
+        "batch": f"{train.batch_size} x {train.gradient_accumulation_steps} pictures a task and process",
+        "learning rate": f"{train.learning_rate:g}, {train.lr_scheduler}, {train.lr_warmup_steps} updates of warm-up",
+        "weight average": f"decay {train.ema_decay:g}" if train.ema_decay else "none",
+        "precision": "bf16 autocast" if train.mixed_precision == "bf16" else "float32",
+        "seed": recipe.seed,
+        "negative prompt": student.negative_prompt or "none",
+    }
+    lines = ["| training | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
+    if student.solver == "native":
+        return lines
+    level = f" at noise_level {student.noise_level:g}" if student.noise_level else ""
+    return [
+        *lines,
+        "",
+        f"In training the student walked with the solver `{student.solver}`{level}. Stock diffusers does not know it: "
+        "the scores here and this folder use the scheduler's own step on the same grid.",
+    ]
 
 
 def base_licenses(recipe: Recipe) -> set[str]:

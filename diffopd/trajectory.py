@@ -33,7 +33,7 @@ def save_trajectory(run: Run, folder: RunFolder) -> None:
 
         numbers = list(range(len(rows)))
         walk_rows(run, teacher, rows, numbers, update=VALIDATION, slot=slot, backward=None, observe=observe)
-        call = run.student.call.told(prompt=[row.prompt for row in rows])
+        call = run.student.call.prompted([row.prompt for row in rows])
         for step, said, taught in seen:
             for side, proposal in (("student", said), ("teacher", taught)):
                 with torch.no_grad():
