@@ -8,7 +8,9 @@ and counters, all in safetensors and JSON (nothing pickled). The noise needs no 
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,7 +49,12 @@ class Trained:
 
 
 def save_checkpoint(folder: Path, trained: Trained) -> None:
-    """Write `folder` whole or not at all (a temporary name, then a rename)."""
+    """Write `folder` whole or not at all: a temporary name, flushed to disk, then a rename.
+
+    A folder that is there already stays as it is: it holds the state of this very update.
+    """
+    if folder.exists():
+        return
     temporary = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
     state = temporary / "state"
@@ -58,14 +65,21 @@ def save_checkpoint(folder: Path, trained: Trained) -> None:
             save_file(_contiguous(average.values), state / f"{name}.safetensors")
     save_file(_optimizer_tensors(trained), state / "optimizer.safetensors")
     (state / "progress.json").write_text(json.dumps(asdict(trained.progress)))
-    if trained.average:
-        with trained.average.applied(trained.parameters):
-            save_deployable(temporary, trained.pipeline, is_lora=trained.is_lora)
-    else:
+    with averaged(trained):
         save_deployable(temporary, trained.pipeline, is_lora=trained.is_lora)
-    if folder.exists():
-        shutil.rmtree(folder)
+    for path in (*temporary.rglob("*"), temporary):
+        flush(path)
     temporary.rename(folder)
+    flush(folder.parent)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def load_checkpoint(folder: Path, trained: Trained) -> None:
@@ -77,6 +91,11 @@ def load_checkpoint(folder: Path, trained: Trained) -> None:
             average.values.update(_on_devices(load_file(state / f"{name}.safetensors"), average.values))
     _restore_optimizer(trained, load_file(state / "optimizer.safetensors"))
     trained.progress = Progress(**json.loads((state / "progress.json").read_text()))
+
+
+def averaged(trained: Trained) -> AbstractContextManager:
+    """While open, the student has the weights to deploy: their average, where one is kept."""
+    return trained.average.applied(trained.parameters) if trained.average else nullcontext()
 
 
 def save_deployable(folder: Path, pipeline: Any, *, is_lora: bool) -> None:

@@ -18,11 +18,12 @@ from torch import Tensor
 from diffopd import noise
 from diffopd.adapters import Average, autocast_forward
 from diffopd.assemble import Student, Teacher, assemble
-from diffopd.checkpoint import Progress, Trained, load_checkpoint, save_checkpoint
+from diffopd.checkpoint import Progress, Trained, averaged, load_checkpoint, save_checkpoint
 from diffopd.data import PromptRow
 from diffopd.data_states import encode_pictures, next_place, noised
 from diffopd.drive import Call, Survey, denoiser_of, survey
 from diffopd.errors import UserError
+from diffopd.interrupt import deferred_interrupt
 from diffopd.log import TrainingLog
 from diffopd.objective import get_objective
 from diffopd.processes import Processes, default_device, join_processes
@@ -34,6 +35,7 @@ from diffopd.trajectory import save_trajectory
 
 VALIDATION = 2**31  # noise keys of held-out batches: no update of a run ever has this number
 INTERRUPTED = "Ctrl-C; the same command goes on from here"
+STOPPING = "\nCtrl-C: this update is finished and saved first. Once more stops at once, without saving.\n"
 INITIAL = 0  # solver-step key of the initial latents; the step from state i draws with key i + 1
 
 
@@ -80,7 +82,8 @@ def distill(recipe: Recipe, folder: RunFolder) -> bool:
         reason = _updates(run, trained, folder, log)
         log.stop(reason)
         if processes.is_main and reason != INTERRUPTED:
-            save_trajectory(run, folder)
+            with averaged(trained):
+                save_trajectory(run, folder)
     processes.wait()
     return reason != INTERRUPTED
 
@@ -104,11 +107,11 @@ def preflight(run: Run) -> dict[str, float]:
 
 
 def _updates(run: Run, trained: Trained, folder: RunFolder, log: TrainingLog) -> str:
-    """Train until a reason to stop; returns it. Ctrl-C saves a checkpoint and stops."""
+    """Train until a reason to stop; returns it. Ctrl-C, in any process, saves and stops after the update in hand."""
     progress, train = trained.progress, run.recipe.train
     began = time.monotonic() - progress.seconds
     reason = _finished(run, progress)
-    try:
+    with deferred_interrupt(STOPPING if run.processes.is_main else "") as interrupt:
         while reason is None:
             watch = Watch()
             losses = one_update(run, trained, watch)
@@ -117,19 +120,21 @@ def _updates(run: Run, trained: Trained, folder: RunFolder, log: TrainingLog) ->
             log.update(losses, trained.optimizer.param_groups[0]["lr"], watch)
             if train.validate_every and progress.update % train.validate_every == 0:
                 log.validation(_validate(run, trained))
-            reason = _finished(run, progress)
+            reason = INTERRUPTED if run.processes.agree(interrupt.asked) else _finished(run, progress)
             if reason is None and progress.update % train.checkpointing_steps == 0:
                 _save(run, trained, folder)
-    except KeyboardInterrupt:
-        reason = INTERRUPTED
-    _save(run, trained, folder)
-    return reason
+        _save(run, trained, folder)
+        return INTERRUPTED if run.processes.agree(interrupt.asked) else reason
 
 
 def one_update(run: Run, trained: Trained, watch: Watch) -> UpdateLosses:
     """All tasks of one round, gradients accumulated; one reduction, one clip, one optimizer step.
 
-    Raises UserError at the first loss that is not finite, before the optimizer has moved.
+    The loss is the mean over rows and over a row's supervised states, and the sum over tasks by share. The paper's
+    losses (Eq. 11 and 12, DiffusionOPD) sum over states: its gradient is ours times their number, which Adam does
+    not see but `max_grad_norm` does.
+
+    Raises UserError at the first loss or gradient that is not finite, before the optimizer has moved.
     """
     update, train = trained.progress.update, run.recipe.train
     trained.optimizer.zero_grad(set_to_none=True)
@@ -150,6 +155,7 @@ def one_update(run: Run, trained: Trained, watch: Watch) -> UpdateLosses:
     with watch("optimizer"):
         run.processes.sum_gradients(trained.parameters.values())
         norm = torch.nn.utils.clip_grad_norm_(trained.parameters.values(), train.max_grad_norm)
+        _refuse_non_finite_norm(norm, [teacher.name for teacher, _ in tasks], update)
         for group in trained.optimizer.param_groups:
             group["lr"] = train.learning_rate * learning_rate_factor(run.recipe, trained.progress)
         trained.optimizer.step()
@@ -202,21 +208,30 @@ class UpdateLosses:
 def route(recipe: Recipe, teachers: list[Teacher], update: int) -> list[tuple[Teacher, float]]:
     """The tasks of a round with their shares of the loss: a pure function of (seed, update), never of a counter.
 
-    "all": every teacher, weight = its share. A number: that many draws with probabilities by weight.
+    "all": every teacher, weight = its share. "round_robin": one teacher, each once in every len(teachers) updates,
+    in another order each time. A number: that many draws with probabilities by weight.
     """
     total = sum(t.weight for t in teachers)
-    if recipe.train.tasks_per_update == "all":
-        return [(t, t.weight / total) for t in teachers]
     draws = recipe.train.tasks_per_update
+    if draws == "all":
+        return [(t, t.weight / total) for t in teachers]
+    if draws == "round_robin":
+        cycle, turn = divmod(update, len(teachers))
+        return [(teachers[noise.permuted(turn, len(teachers), recipe.seed, "round_robin", cycle)], 1.0)]
     weights = [t.weight for t in teachers]
     chosen = [noise.choose(weights, recipe.seed, update, slot) for slot in range(draws)]
     return [(teachers[index], 1.0 / draws) for index in chosen]
 
 
 def pick_row(run: Run, teacher: Teacher, update: int, slot: int, number: int) -> PromptRow:
-    """The prompt of one row: every pass over the file is a fresh permutation, all a function of integers."""
+    """The prompt of one row, a function of integers: every pass over the file is a fresh permutation.
+
+    A teacher whose turn comes in every round ("all", "round_robin") meets each prompt once a pass. Where tasks are
+    drawn by weight, the pass goes on in the rounds in which a teacher is not drawn, and it misses those prompts.
+    """
     draws, rows = run.recipe.train.tasks_per_update, teacher.train_rows
-    rounds = update if draws == "all" else update * draws + slot  # a task may be drawn twice in one update
+    turns = {"all": update, "round_robin": update // len(run.teachers)}
+    rounds = turns[draws] if draws in turns else update * draws + slot  # a task may be drawn twice in one update
     epoch, place = divmod(rounds * run.rows_per_task + number, len(rows))
     return rows[noise.permuted(place, len(rows), run.recipe.seed, epoch, teacher.name)]
 
@@ -241,14 +256,15 @@ def walk_rows(
         return noise.draw(run.walk.shape, **keys).to(run.device)
 
     latents, options = drawn(INITIAL), dict(options)
+    prompts = [row.prompt for row in rows]
     if recipe.objective.states == "data":
         pictures = encode_pictures(run.student.pipeline, rows)
         latents = noised(pictures, latents, run.walk.place)
         options["data_states"] = lambda visit: noised(pictures, drawn(visit.index + 1), next_place(visit))
     try:
         return supervise(
-            told(run.student.call, rows, latents),
-            told(teacher.call, rows, latents),
+            run.student.call.prompted(prompts, latents=latents),
+            teacher.call.prompted(prompts, latents=latents),
             manner=manner_of(recipe, run.walk.num_visits, update, slot),
             noise=lambda index: drawn(index + 1),
             backward=backward,
@@ -257,14 +273,6 @@ def walk_rows(
         )
     except NonFiniteLoss as error:
         raise _non_finite(error, teacher.name, update) from error
-
-
-def told(call: Call, rows: list[PromptRow], latents: Tensor) -> Call:
-    """The call with the prompts of these rows; a negative prompt is repeated for each."""
-    arguments: dict[str, object] = {"prompt": [row.prompt for row in rows], "latents": latents}
-    if isinstance(call.arguments.get("negative_prompt"), str):
-        arguments["negative_prompt"] = [call.arguments["negative_prompt"]] * len(rows)
-    return call.told(**arguments)
 
 
 def manner_of(recipe: Recipe, num_visits: int, update: int, slot: int) -> Manner:
@@ -294,7 +302,7 @@ def learning_rate_factor(recipe: Recipe, progress: Progress) -> float:
 
 
 def _survey(student: Student, teachers: list[Teacher]) -> Survey:
-    return survey(student.call.told(prompt=[teachers[0].train_rows[0].prompt]))
+    return survey(student.call.prompted([teachers[0].train_rows[0].prompt]))
 
 
 def _trained(run: Run) -> Trained:
@@ -326,9 +334,7 @@ def _follow(run: Run, trained: Trained, *, moved: bool) -> None:
 def _validate(run: Run, trained: Trained) -> dict[str, float]:
     """Held-out distillation loss per teacher: the same test prompts and noise every time, averaged weights if kept."""
     losses = {}
-    with ExitStack() as stack:
-        if trained.average:
-            stack.enter_context(trained.average.applied(trained.parameters))
+    with averaged(trained):
         for slot, teacher in enumerate(run.teachers):
             rows = teacher.test_rows[: run.recipe.train.batch_size]
             numbers = list(range(len(rows)))
@@ -350,7 +356,8 @@ def _finished(run: Run, progress: Progress) -> str | None:
     late = bool(train.max_train_seconds) and progress.seconds >= train.max_train_seconds
     if run.processes.agree(late):
         return f"reached max_train_seconds = {train.max_train_seconds:g}"
-    if train.patience and progress.checks_since_best >= train.patience:
+    tired = bool(train.patience) and progress.checks_since_best >= train.patience
+    if run.processes.agree(tired):
         return f"the held-out loss has not fallen for {train.patience} checks"
     return None
 
@@ -368,6 +375,16 @@ def _non_finite(error: NonFiniteLoss, teacher: str, update: int) -> UserError:
         "Nothing was written after the last checkpoint. Lower learning_rate or use mixed_precision = 'no'; if it "
         "happens before the first update, the teacher itself is broken."
     )
+
+
+def _refuse_non_finite_norm(norm: Tensor, teachers: list[str], update: int) -> None:
+    if not bool(torch.isfinite(norm)):
+        names = ", ".join(dict.fromkeys(map(repr, teachers)))
+        raise UserError(
+            f"The gradient is not finite at update {update} (teachers {names}), though every loss is. The student's "
+            "weights have not moved and nothing was written after the last checkpoint. Lower learning_rate or use "
+            "mixed_precision = 'no'."
+        )
 
 
 def _mean(losses: list[StateLoss]) -> float:

@@ -16,7 +16,8 @@ def launch(count: int, arguments: list[str]) -> int:
     """Run `diffopd ARGUMENTS` in `count` processes of one group; returns the first failure's exit code, else 0.
 
     Only the first process writes to the terminal, errors of all come through. When one fails the others are ended:
-    they would wait for it for ever. Ctrl-C reaches all of them (one terminal); they save and stop by themselves.
+    they would wait for it for ever. Ctrl-C reaches all of them (one terminal); they finish their update, save and
+    stop by themselves, and a second one ends them.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -35,7 +36,15 @@ def launch(count: int, arguments: list[str]) -> int:
     try:
         return _wait(started)
     except KeyboardInterrupt:
-        return _end(started, 130)
+        return _interrupted(started)
+
+
+def _interrupted(started: list[subprocess.Popen[bytes]]) -> int:
+    try:
+        _wait(started)
+    except KeyboardInterrupt:
+        _end(started, 130)
+    return 130
 
 
 def _wait(started: list[subprocess.Popen[bytes]]) -> int:
@@ -43,16 +52,16 @@ def _wait(started: list[subprocess.Popen[bytes]]) -> int:
         codes = [process.poll() for process in started]
         failed = [code for code in codes if code]
         if failed:
-            return _end(started, failed[0], terminate=True)
+            return _end(started, failed[0])
         if all(code == 0 for code in codes):
             return 0
         time.sleep(POLL_SECONDS)
 
 
-def _end(started: list[subprocess.Popen[bytes]], code: int, *, terminate: bool = False) -> int:
+def _end(started: list[subprocess.Popen[bytes]], code: int) -> int:
     deadline = time.monotonic() + GRACE_SECONDS
     for process in started:
-        if terminate and process.poll() is None:
+        if process.poll() is None:
             process.terminate()
     for process in started:
         try:

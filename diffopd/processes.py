@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from diffopd.errors import UserError
+
 
 @dataclass(frozen=True)
 class Processes:
@@ -54,14 +56,13 @@ class Processes:
         """The main process's value, in every process (each has a clock of its own)."""
         if self.world == 1:
             return value
-        held = torch.tensor(value, dtype=torch.float64, device=default_device())
+        held = torch.tensor(value, dtype=torch.float64)
         dist.broadcast(held, src=0)
         return float(held)
 
     def wait(self) -> None:
         """Until every process is here."""
-        if self.world > 1:
-            dist.barrier()
+        self.agree(False)
 
 
 def default_device() -> str:
@@ -70,12 +71,22 @@ def default_device() -> str:
 
 
 def join_processes() -> Processes:
-    """Join the group that `torchrun` describes in the environment, or be alone."""
+    """Join the group that `torchrun` describes in the environment, or be alone.
+
+    Raises UserError where there are GPUs, but fewer than processes.
+    """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
         return Processes()
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    if not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        _take_gpu(int(os.environ.get("LOCAL_RANK", "0")))
+    if not dist.is_initialized():  # gradients are summed where they lie; clocks, counts and flags are CPU tensors
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     return Processes(dist.get_rank(), world)
+
+
+def _take_gpu(number: int) -> None:
+    held = torch.cuda.device_count()
+    if number >= held:
+        raise UserError(f"Process {number + 1} of this machine has no GPU: there are {held}. Start at most {held}.")
+    torch.cuda.set_device(number)
