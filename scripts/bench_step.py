@@ -1,15 +1,17 @@
 """Times one distillation micro-batch: per stage, streaming against two-pass, and both peak memories.
 
-    python scripts/bench_step.py --json                       # the shipped base on this machine
+    python scripts/bench_step.py --json                       # the main recipe on its base, on this machine
     python scripts/bench_step.py --geometry sd15 --dtype bf16  # random weights at real size (a GPU)
 
 The last line of --json is one JSON object; `speedup` is two-pass seconds / streaming seconds, median of repeats,
-for m = 1 with neither side guided. `predicted_speedup` follows from the measured stage times for the setting given
-by --recipe-substeps, --recipe-guidance. Modes alternate in one process, so drift of the machine cancels.
+for m = 1 with neither side guided. `predicted_speedup` follows from the measured stage times for the recipe's own
+setting: its substeps and its teachers' guidance. Base, steps, batch, rank, LoRA targets and whether teachers are fused
+copies are the recipe's too. Modes alternate in one process, so drift of the machine cancels.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import multiprocessing
 import statistics
@@ -17,11 +19,16 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Annotated, Any
 
 import psutil
 import torch
 import typer
+
+from diffopd.errors import UserError
 
 GEOMETRIES: dict[str, dict[str, Any]] = {
     "sd15": {
@@ -50,10 +57,49 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
 }
 
 
-def build(geometry: str, dtype: torch.dtype, device: str, rank: int) -> tuple[Any, Any, Any]:
-    """A pipeline (a shipped or local folder, or random weights of a geometry), its student call and teacher call."""
+@dataclass(frozen=True)
+class Setting:
+    """What is timed. substeps and teacher_guidance are those of the recipe, which only the prediction uses."""
+
+    geometry: str
+    batch: int
+    steps: int
+    rank: int
+    target_modules: list[str] | str
+    fuse_teachers: bool
+    substeps: int
+    teacher_guidance: list[float]
+
+
+def setting_of(name: str, **given: Any) -> Setting:
+    """The setting of a recipe; `given` values that are not None replace its own."""
+    from diffopd.recipe import read_recipe
+    from diffopd.teacher import teacher_card
+
+    recipe = read_recipe(name)
+    student, cards = recipe.student, [teacher_card(settings.name, recipe.path) for settings in recipe.teachers]
+    told = [settings.guidance_scale for settings in recipe.teachers]
+    own = {
+        "geometry": student.pretrained_model_name_or_path,
+        "batch": recipe.train.batch_size,
+        "steps": student.num_inference_steps,
+        "rank": student.rank,
+        "target_modules": student.target_modules,
+        "fuse_teachers": recipe.train.fuse_teachers,
+        "substeps": recipe.objective.substeps,
+        "teacher_guidance": [c.guidance_scale if g is None else g for g, c in zip(told, cards, strict=True)],
+    }
+    return Setting(**own | {key: value for key, value in given.items() if value is not None})
+
+
+def build(setting: Setting, dtype: torch.dtype, device: str) -> tuple[Any, Any]:
+    """The calls of a student and of a teacher whose adapter is random, on the setting's pipeline."""
     from diffopd.adapters import STUDENT, AdapterSwitch, add_adapter, freeze
+    from diffopd.assemble import with_denoiser
     from diffopd.drive import Call, denoiser_of, shell
+    from diffopd.load import fuse_adapter
+
+    geometry = setting.geometry
 
     pipeline = random_pipeline(geometry) if geometry in GEOMETRIES else load(geometry)
     pipeline.unet.to(device, dtype)
@@ -61,20 +107,22 @@ def build(geometry: str, dtype: torch.dtype, device: str, rank: int) -> tuple[An
     pipeline.set_progress_bar_config(disable=True)
     freeze(pipeline)
     denoiser = denoiser_of(pipeline)
-    targets = ["to_q", "to_k", "to_v", "to_out.0"]
-    teacher_parameters = add_adapter(denoiser, "teacher", rank=rank, lora_alpha=rank, target_modules=targets)
-    for parameter in teacher_parameters.values():
+    of_teacher = with_denoiser(pipeline, copy.deepcopy(denoiser)) if setting.fuse_teachers else shell(pipeline)
+    shape = {"rank": setting.rank, "lora_alpha": setting.rank, "target_modules": setting.target_modules}
+    for parameter in add_adapter(denoiser_of(of_teacher), "teacher", **shape).values():
         torch.nn.init.normal_(parameter.requires_grad_(False), std=0.02)
-    add_adapter(denoiser, STUDENT, rank=rank, lora_alpha=rank, target_modules=targets)
+    if setting.fuse_teachers:
+        fuse_adapter(of_teacher)
+    add_adapter(denoiser, STUDENT, **shape)
     switch = AdapterSwitch(denoiser)
     switch.select(STUDENT)
-    tokens = GEOMETRIES.get(geometry, {}).get("tokens", 16)
+    tokens = GEOMETRIES[geometry]["tokens"] if geometry in GEOMETRIES else pipeline.tokenizer.model_max_length
     width = denoiser.config.cross_attention_dim
     embeds = torch.randn(1, tokens, width, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     told = {"prompt_embeds": embeds, "negative_prompt_embeds": torch.zeros_like(embeds), "output_type": "latent"}
     student = Call(pipeline, {**told, "guidance_scale": 1.0})
-    teacher = Call(shell(pipeline), {**told, "guidance_scale": 1.0}, lambda: switch.bound("teacher"))
-    return pipeline, student, teacher
+    binding = nullcontext if setting.fuse_teachers else partial(switch.bound, "teacher")
+    return student, Call(of_teacher, {**told, "guidance_scale": 1.0}, binding)
 
 
 def load(name: str) -> Any:
@@ -111,15 +159,7 @@ def random_pipeline(geometry: str) -> Any:
 
 
 def one_step(
-    student: Any,
-    teacher: Any,
-    *,
-    batch: int,
-    steps: int,
-    two_pass: bool,
-    device: str,
-    guidance: float = 1.0,
-    substeps: int = 1,
+    student: Any, teacher: Any, *, batch: int, steps: int, two_pass: bool, device: str
 ) -> tuple[float, dict[str, float], list[torch.Tensor]]:
     """Seconds, seconds per stage and gradients of one micro-batch with its optimizer step."""
     from diffopd.adapters import STUDENT, adapter_parameters
@@ -142,12 +182,12 @@ def one_step(
     parameters = list(adapter_parameters(denoiser_of(student.pipeline), STUDENT).values())
     optimizer = torch.optim.AdamW(parameters, lr=0.0)
     optimizer.zero_grad(set_to_none=True)
-    manner = Manner(get_objective("mean"), range(steps), substeps=substeps, two_pass=two_pass)
+    manner = Manner(get_objective("mean"), range(steps), two_pass=two_pass)
     watch = Watch(exact=True)
     start = time.perf_counter()
     supervise(
         told(student, latents=noise(0)),
-        told(teacher, latents=noise(0), guidance_scale=guidance),
+        told(teacher, latents=noise(0)),
         manner=manner,
         noise=lambda index: noise(index + 1),
         backward=lambda loss: loss.mean().backward(),
@@ -159,19 +199,19 @@ def one_step(
     return time.perf_counter() - start, dict(watch.seconds), gradients
 
 
-def peak_memory(queue: Any, options: dict[str, Any], two_pass: bool) -> None:
+def peak_memory(sender: Any, setting: Setting, dtype: torch.dtype, device: str, two_pass: bool) -> None:
     """In a process of its own: bytes that one micro-batch adds to the peak."""
     torch.set_num_threads(1)
-    pipeline, student, teacher = build(options["geometry"], options["dtype"], options["device"], options["rank"])
-    run = {k: options[k] for k in ("steps", "device")}
-    one_step(student, teacher, batch=1, two_pass=two_pass, **run)  # libraries and caches are in place
-    if options["device"] == "cuda":
+    student, teacher = build(setting, dtype, device)
+    run = {"steps": setting.steps, "device": device, "two_pass": two_pass}
+    one_step(student, teacher, batch=1, **run)  # libraries and caches are in place
+    if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        one_step(student, teacher, batch=options["batch"], two_pass=two_pass, **run)
-        queue.put(torch.cuda.max_memory_allocated() - before)
+        one_step(student, teacher, batch=setting.batch, **run)
+        sender.send(torch.cuda.max_memory_allocated() - before)
         return
-    queue.put(resident_peak(lambda: one_step(student, teacher, batch=options["batch"], two_pass=two_pass, **run)))
+    sender.send(resident_peak(lambda: one_step(student, teacher, batch=setting.batch, **run)))
 
 
 def resident_peak(work: Callable[[], Any]) -> int:
@@ -193,33 +233,39 @@ def resident_peak(work: Callable[[], Any]) -> int:
     return max(0, max(seen) - before)
 
 
-def measured_peak(options: dict[str, Any], two_pass: bool) -> int:
+def measured_peak(*arguments: Any) -> int:
+    """`peak_memory(sender, *arguments)` in a new process. Exits when that process dies."""
     context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    process = context.Process(target=peak_memory, args=(queue, options, two_pass))
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=peak_memory, args=(sender, *arguments))
     process.start()
-    value = queue.get(timeout=3600)
+    sender.close()  # the child has the only other end: its death ends the pipe
+    try:
+        value = int(receiver.recv())
+    except EOFError:
+        process.join()
+        sys.exit(f"The process that measures memory ended with exit code {process.exitcode} and no result.")
     process.join()
-    return int(value)
+    return value
 
 
-def predicted(stages: dict[str, float], guidance: float, substeps: int) -> float:
+def predicted(stages: dict[str, float], setting: Setting) -> float:
     """Two-pass over streaming from stage times: the teacher's share grows with substeps and guidance."""
-    teacher = stages["teacher"] * substeps * (2 if guidance > 1 else 1)
+    forwards = statistics.mean(2 if scale > 1 else 1 for scale in setting.teacher_guidance)
+    teacher = stages["teacher"] * setting.substeps * forwards
     streaming = teacher + sum(stages.get(k, 0.0) for k in ("student", "objective", "backward", "optimizer"))
     return (streaming + stages["rollout"]) / streaming
 
 
 def main(
-    geometry: Annotated[str, typer.Option(help="sd15, small, or a pipeline (shipped name, folder, hub id)")] = "emoji",
-    batch: int = 16,
-    steps: int = 4,
-    rank: int = 32,
+    recipe: Annotated[str, typer.Option(help="whose setting: a name or a file")] = "together",
+    geometry: Annotated[str | None, typer.Option(help="sd15, small, or a pipeline, instead of the recipe's")] = None,
+    batch: Annotated[int | None, typer.Option(help="instead of the recipe's")] = None,
+    steps: Annotated[int | None, typer.Option(help="instead of the recipe's")] = None,
+    rank: Annotated[int | None, typer.Option(help="instead of the recipe's")] = None,
     repeats: int = 7,
     dtype: Annotated[str, typer.Option(help="fp32 or bf16")] = "fp32",
     device: Annotated[str, typer.Option(help="cpu or cuda; default: cuda where there is one")] = "",
-    recipe_substeps: int = 5,
-    recipe_guidance: float = 2.0,
     threads: int = 1,
     as_json: Annotated[bool, typer.Option("--json", help="end with one line of JSON")] = False,
 ) -> None:
@@ -229,8 +275,12 @@ def main(
     if dtype not in ("fp32", "bf16"):
         raise typer.BadParameter(f"--dtype {dtype!r}; allowed are fp32 and bf16")
     kind = torch.float32 if dtype == "fp32" else torch.bfloat16
-    _, student, teacher = build(geometry, kind, device, rank)
-    run = {"batch": batch, "steps": steps, "device": device}
+    try:
+        setting = setting_of(recipe, geometry=geometry, batch=batch, steps=steps, rank=rank)
+    except UserError as error:
+        raise typer.BadParameter(f"--recipe {recipe}: {error}") from error
+    student, teacher = build(setting, kind, device)
+    run = {"batch": setting.batch, "steps": setting.steps, "device": device}
     seconds: dict[bool, list[float]] = {False: [], True: []}
     stages: dict[bool, list[dict[str, float]]] = {False: [], True: []}
     for repeat in range(repeats + 1):
@@ -248,11 +298,10 @@ def main(
         mode: {k: statistics.median(s.get(k, 0.0) for s in stages[mode]) for k in stages[mode][0]}
         for mode in (False, True)
     }
-    options = {"geometry": geometry, "dtype": kind, "device": device, "rank": rank, "steps": steps, "batch": batch}
     result = {
-        "geometry": geometry,
+        "recipe": recipe,
+        **asdict(setting),
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        **{k: v for k, v in options.items() if k in ("steps", "batch", "rank")},
         "dtype": dtype,
         "streaming_seconds": median[False],
         "two_pass_seconds": median[True],
@@ -260,11 +309,10 @@ def main(
         "speedup_range": [min(pairs), max(pairs)],
         "stage_seconds_streaming": stage_median[False],
         "stage_seconds_two_pass": stage_median[True],
-        "predicted_speedup": predicted(stage_median[True], recipe_guidance, recipe_substeps),
-        "predicted_for": {"substeps": recipe_substeps, "teacher_guidance": recipe_guidance},
+        "predicted_speedup": predicted(stage_median[True], setting),
         "gradient_difference": largest / scale,
-        "peak_bytes_streaming": measured_peak(options, False),
-        "peak_bytes_two_pass": measured_peak(options, True),
+        "peak_bytes_streaming": measured_peak(setting, kind, device, False),
+        "peak_bytes_two_pass": measured_peak(setting, kind, device, True),
     }
     for name, value in result.items():
         print(f"{name:28} {value}", file=sys.stderr if as_json else sys.stdout)
