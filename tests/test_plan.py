@@ -103,7 +103,8 @@ def test_a_named_solver_is_told_to_be_the_stock_schedulers_at_deployment(tiny_re
 
 
 def test_one_task_an_update_in_turn_is_one_batch(tiny_recipe):
-    assert plan(tiny_recipe, "train.tasks_per_update=1").pictures_per_update == 2
+    for draws in ("1", "round_robin"):
+        assert plan(tiny_recipe, f"train.tasks_per_update={draws}").pictures_per_update == 2
 
 
 def test_weights_are_not_loaded(tmp_path, tiny_sd):
