@@ -3,15 +3,20 @@
 import json
 import math
 import os
+import shutil
+import signal
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
+from diffopd import checkpoint, launch
 from diffopd import distill as loop
 from diffopd.errors import UserError
 from diffopd.recipe import read_recipe
@@ -49,6 +54,20 @@ def rows_of(folder, kind):
     return [row for row in rows if row["kind"] == kind]
 
 
+def state_of(folder, update):
+    """Every tensor and counter of a checkpoint but the seconds, which no two runs share."""
+    state = folder.path / f"checkpoint-{update}" / "state"
+    tensors = {f"{file.stem}/{k}": v for file in state.glob("*.safetensors") for k, v in load_file(file).items()}
+    counters = json.loads((state / "progress.json").read_text())
+    return tensors, {k: v for k, v in counters.items() if k != "seconds"}
+
+
+def assert_same_state(a, b):
+    assert a[1] == b[1]
+    assert a[0].keys() == b[0].keys()
+    assert all(torch.equal(a[0][name], b[0][name]) for name in a[0])
+
+
 def weights_of(folder, update):
     return load_file(folder.path / f"checkpoint-{update}" / "pytorch_lora_weights.safetensors")
 
@@ -78,14 +97,15 @@ def test_uneven_micro_batches_weigh_rows_by_count(tiny_recipe, monkeypatch):
     assert_same_gradients(expected, gradients_of(uneven))
 
 
-def test_gradients_of_one_update_are_equal_with_two_processes(tiny_recipe, tmp_path):
+def test_two_processes_are_one_in_gradients_schedules_and_ends(tiny_recipe, tmp_path):
+    """Also where their clocks, their held-out losses and who gets Ctrl-C differ (see two_processes.py)."""
     whole = gradients_of(recipe_with(tiny_recipe, NO_CLIP, "train.batch_size=8"))
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     script = Path(__file__).parent / "two_processes.py"
     target = tmp_path / "gradients.safetensors"
-    started = []
+    started, outputs = [], []
     for rank in range(2):
         environment = {
             **os.environ,
@@ -97,9 +117,19 @@ def test_gradients_of_one_update_are_equal_with_two_processes(tiny_recipe, tmp_p
         }
         command = [sys.executable, str(script), str(tiny_recipe), str(target), NO_CLIP, "train.batch_size=4"]
         started.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
-    outputs = [process.communicate(timeout=240)[0].decode() for process in started]
+    try:
+        outputs = [process.communicate(timeout=240)[0].decode() for process in started]
+    finally:
+        for process in started:
+            process.kill()
     assert all(process.returncode == 0 for process in started), "\n".join(outputs)
     assert_same_gradients(whole, load_file(target))
+    ends = [json.loads(target.with_suffix(f".{rank}.json").read_text()) for rank in range(2)]
+    assert ends[0] == ends[1] == {
+        "clock": {"reason": "reached max_train_seconds = 3.5", "updates": 4, "apart": 0.0},
+        "held-out loss": {"reason": "the held-out loss has not fallen for 2 checks", "updates": 2, "apart": 0.0},
+        "Ctrl-C": {"reason": loop.INTERRUPTED, "updates": 2, "apart": 0.0},
+    }
 
 
 def test_streaming_and_two_pass_updates_are_equal(tiny_recipe):
@@ -133,18 +163,126 @@ def test_distilling_towards_a_teacher_lowers_the_held_out_loss(tiny_recipe):
     assert losses[1] < losses[0] < rows_of(folder, "update")[0]["loss"] * 1.5
 
 
-@pytest.mark.parametrize("extra", [[], ["train.ema_decay=0.9"], ['student.train="full"', "train.learning_rate=1e-4"]])
-def test_resume_is_exact(tiny_recipe, tmp_path, extra):
-    """4 updates in one go and 2 + 2 give bit-equal weights."""
-    whole = recipe_with(tiny_recipe, f'output_dir="{tmp_path}/whole"', "train.max_train_steps=4", *extra)
-    run_to_end(whole)
+@pytest.mark.parametrize(
+    "extra",
+    [
+        ["train.tasks_per_update=1", "train.validate_every=1"],
+        ["train.ema_decay=0.9", 'train.tasks_per_update="round_robin"'],
+        ['student.train="full"', "train.learning_rate=1e-4", "train.ema_decay=0.9"],
+    ],
+)
+def test_resume_is_exact(tiny_sd, tiny_teachers, tmp_path, monkeypatch, extra):
+    """3 updates in one go and 2 + 1 give bit-equal parameters, averages, optimizer and counters."""
+    me = tiny.write_teacher(tmp_path / "shelf" / "me", tiny_sd, form="ema", guidance_scale=3.0)
+    path = tiny.write_recipe(tmp_path / "r.toml", tiny_sd, [tiny_teachers[0], me])
+    monkeypatch.setattr(loop, "save_trajectory", lambda run, folder: None)
+    options = [*extra, "teachers.1.ema_decay=0.5", "train.checkpointing_steps=9"]
+    whole = run_to_end(recipe_with(path, f'output_dir="{tmp_path}/whole"', "train.max_train_steps=3", *options))
     halves = f'output_dir="{tmp_path}/halves"'
-    run_to_end(recipe_with(tiny_recipe, halves, "train.max_train_steps=2", *extra))
-    folder = run_to_end(recipe_with(tiny_recipe, halves, "train.max_train_steps=4", *extra))
-    one = load_file(tmp_path / "whole" / "checkpoint-4" / "state" / "parameters.safetensors")
-    two = load_file(tmp_path / "halves" / "checkpoint-4" / "state" / "parameters.safetensors")
-    assert all(torch.equal(one[name], two[name]) for name in one)
-    assert [row["update"] for row in rows_of(folder, "update")] == [1, 2, 3, 4]
+    run_to_end(recipe_with(path, halves, "train.max_train_steps=2", *options))
+    folder = run_to_end(recipe_with(path, halves, "train.max_train_steps=3", *options))
+    assert_same_state(state_of(whole, 3), state_of(folder, 3))
+    kinds = {"parameters", "optimizer", "self_teacher"} | ({"average"} if "train.ema_decay=0.9" in extra else set())
+    assert {name.split("/")[0] for name in state_of(folder, 3)[0]} == kinds
+    assert [row["update"] for row in rows_of(folder, "update")] == [1, 2, 3]
+
+
+@pytest.fixture
+def ctrl_c(monkeypatch):
+    """ctrl_c(update, times): Ctrl-C right after the optimizer has stepped for that update (from 0)."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
+    follow = loop._follow
+
+    def press(update, times):
+        def interrupted(run, trained, *, moved):
+            follow(run, trained, moved=moved)
+            for _ in range(times * (moved and trained.progress.update == update)):
+                signal.raise_signal(signal.SIGINT)
+
+        monkeypatch.setattr(loop, "_follow", interrupted)
+
+    yield press
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_between_optimizer_and_counter_is_resumed_exactly(tiny_recipe, tmp_path, ctrl_c):
+    whole = run_to_end(recipe_with(tiny_recipe, f'output_dir="{tmp_path}/whole"', "train.max_train_steps=3"))
+    ctrl_c(1, times=1)
+    recipe = recipe_with(tiny_recipe, f'output_dir="{tmp_path}/broken"', "train.max_train_steps=3")
+    folder = RunFolder.create(recipe.output_dir, recipe, {})
+    assert not loop.distill(recipe, folder)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert folder.latest_checkpoint().name == "checkpoint-2"
+    assert rows_of(folder, "stop")[0]["reason"] == loop.INTERRUPTED
+    run_to_end(recipe)
+    assert_same_state(state_of(whole, 3), state_of(folder, 3))
+
+
+def test_a_second_ctrl_c_stops_at_once_and_saves_nothing(tiny_recipe, ctrl_c):
+    ctrl_c(1, times=2)
+    recipe = recipe_with(tiny_recipe, "train.max_train_steps=3")
+    folder = RunFolder.create(recipe.output_dir, recipe, {})
+    with pytest.raises(KeyboardInterrupt):
+        loop.distill(recipe, folder)
+    assert folder.latest_checkpoint().name == "checkpoint-1"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_ctrl_c_during_the_last_save_still_ends_the_command(tiny_recipe, monkeypatch, ctrl_c):
+    save = loop.save_checkpoint
+    monkeypatch.setattr(loop, "save_checkpoint", lambda *args: (save(*args), signal.raise_signal(signal.SIGINT)))
+    recipe = recipe_with(tiny_recipe, "train.max_train_steps=1")
+    folder = RunFolder.create(recipe.output_dir, recipe, {})
+    assert not loop.distill(recipe, folder)
+    assert folder.latest_checkpoint().name == "checkpoint-1"
+
+
+def test_the_same_command_on_a_finished_run_leaves_its_checkpoint_alone(tiny_recipe):
+    recipe = recipe_with(tiny_recipe, "train.max_train_steps=1")
+    newest = run_to_end(recipe).latest_checkpoint()
+    before = {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in (newest, *newest.rglob("*"))}
+    run_to_end(recipe)
+    assert before == {path: (path.stat().st_ino, path.stat().st_mtime_ns) for path in (newest, *newest.rglob("*"))}
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tiny_recipe, tmp_path, monkeypatch):
+    _, trained = prepared(recipe_with(tiny_recipe))
+    folder, flushed = tmp_path / "checkpoint-0", []
+    flush = checkpoint.flush
+    monkeypatch.setattr(checkpoint, "flush", lambda path: (flushed.append((path, folder.exists())), flush(path)))
+    checkpoint.save_checkpoint(folder, trained)
+    early = {path.name for path, is_there in flushed if not is_there}
+    assert early >= {path.name for path in folder.rglob("*")} | {".checkpoint-0.partial"}
+    assert flushed[-1] == (tmp_path, True)
+
+
+def test_a_checkpoint_that_could_not_be_written_is_not_there(tiny_recipe, tmp_path, monkeypatch):
+    _, trained = prepared(recipe_with(tiny_recipe))
+
+    def full_disk(*args, **options):
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(checkpoint, "save_deployable", full_disk)
+        with pytest.raises(OSError, match="space"):
+            checkpoint.save_checkpoint(tmp_path / "checkpoint-0", trained)
+    assert not list(tmp_path.glob("checkpoint-*"))
+    checkpoint.save_checkpoint(tmp_path / "checkpoint-0", trained)
+    checkpoint.load_checkpoint(tmp_path / "checkpoint-0", trained)
+
+
+def test_the_reports_pictures_are_drawn_by_the_weights_to_deploy(tiny_recipe, monkeypatch):
+    drawn = {}
+
+    def draw(run, folder):
+        drawn.update({name: p.detach().clone() for name, p in run.student.parameters.items()})
+
+    monkeypatch.setattr(loop, "save_trajectory", draw)
+    folder = run_to_end(recipe_with(tiny_recipe, "train.ema_decay=0.9"))
+    state = folder.path / "checkpoint-2" / "state"
+    average, trained = load_file(state / "average.safetensors"), load_file(state / "parameters.safetensors")
+    assert all(torch.equal(drawn[name], average[name]) for name in average)
+    assert not all(torch.equal(drawn[name], trained[name]) for name in trained)
 
 
 def test_a_checkpoint_of_another_rank_is_refused(tiny_recipe, tmp_path):
@@ -166,30 +304,60 @@ def test_the_checkpoint_holds_the_average_where_one_is_kept(tiny_recipe):
 
 def test_a_loss_that_is_not_finite_stops_the_run_names_the_place_and_keeps_the_checkpoint(tiny_recipe, monkeypatch):
     recipe = recipe_with(tiny_recipe, "train.max_train_steps=3")
-    real = loop.walk_rows
-    broken = {"on": False}
+    real = loop.manner_of
 
-    def walk(run, teacher, rows, numbers, *, update, **options):
-        losses = real(run, teacher, rows, numbers, update=update, **options)
-        if update == 2 and teacher.name == "lines":
-            losses[1].loss[0] = float("nan")
-            broken["on"] = True
-        return losses
+    def broken(recipe, num_visits, update, slot):
+        manner = real(recipe, num_visits, update, slot)
+        if (update, slot) != (2, 1):
+            return manner
+        return replace(manner, objective=lambda *sides: manner.objective(*sides) * [1.0, math.nan][sides[-1].index])
 
-    monkeypatch.setattr(loop, "walk_rows", walk)
+    monkeypatch.setattr(loop, "manner_of", broken)
     folder = RunFolder.create(recipe.output_dir, recipe, {})
     with pytest.raises(UserError, match=r"'lines'.*update 2, step 1 \(sigma 0\.\d+\)"):
         loop.distill(recipe, folder)
-    assert broken["on"]
     assert folder.latest_checkpoint().name == "checkpoint-2"
     assert all(torch.isfinite(v).all() for v in weights_of(folder, 2).values())
 
 
+def test_a_gradient_that_is_not_finite_moves_nothing_and_names_update_and_teachers(tiny_recipe, monkeypatch):
+    """In the last update, after which no loss would ever tell."""
+    recipe = recipe_with(tiny_recipe, "train.max_train_steps=2")
+    walk, start, kept = loop.walk_rows, loop._trained, []
+
+    def broken(run, teacher, rows, numbers, *, update, **options):
+        losses = walk(run, teacher, rows, numbers, update=update, **options)
+        if update == 1:
+            next(iter(run.student.parameters.values())).grad[0, 0] = float("inf")
+        return losses
+
+    monkeypatch.setattr(loop, "walk_rows", broken)
+    monkeypatch.setattr(loop, "_trained", lambda run: kept.append(start(run)) or kept[0])
+    folder = RunFolder.create(recipe.output_dir, recipe, {})
+    with pytest.raises(UserError, match=r"gradient is not finite at update 1 \(teachers 'dots', 'lines'\)"):
+        loop.distill(recipe, folder)
+    assert folder.latest_checkpoint().name == "checkpoint-1"
+    saved = load_file(folder.latest_checkpoint() / "state" / "parameters.safetensors")
+    assert all(torch.equal(p, saved[name]) for name, p in kept[0].parameters.items())
+
+
+def test_a_student_keeps_its_guidance_and_its_negative_prompt(tiny_recipe):
+    def told(*overrides):
+        run, trained = prepared(recipe_with(tiny_recipe, NO_CLIP, *overrides))
+        watch = Watch()
+        loop.one_update(run, trained, watch)
+        return watch.evaluations["student"], {name: p.grad.clone() for name, p in run.student.parameters.items()}
+
+    alone, _ = told()
+    guided, plain = told("student.guidance_scale=3.0")
+    assert guided == 2 * alone
+    _, negative = told("student.guidance_scale=3.0", 'student.negative_prompt="ugly"')
+    _, taught = told("student.guidance_scale=3.0", 'teachers.0.call.negative_prompt="ugly"')
+    for other in (negative, taught):
+        assert any(not torch.allclose(other[name], plain[name], rtol=1e-3) for name in plain)
+
+
 def test_a_broken_teacher_is_named_before_training(tiny_recipe, tiny_teachers, tmp_path):
-    import shutil
-
-    import tiny
-
     shelf = tmp_path / "shelf"
     shutil.copytree(tiny_teachers[0], shelf / "dots")
     file = shelf / "dots" / "pytorch_lora_weights.safetensors"
@@ -218,6 +386,27 @@ def test_tasks_of_a_round_are_a_function_of_seed_and_update(tiny_recipe):
     assert 0.68 < first.count("dots") / 400 < 0.82
 
 
+def test_round_robin_gives_each_teacher_one_turn_a_cycle_in_changing_order(tiny_recipe):
+    recipe = recipe_with(tiny_recipe, 'train.tasks_per_update="round_robin"')
+    run, trained = prepared(recipe)
+    tasks = [loop.route(recipe, run.teachers, update) for update in range(40)]
+    assert all(len(round_) == 1 and round_[0][1] == 1.0 for round_ in tasks)
+    cycles = [tuple(tasks[start + turn][0][0].name for turn in (0, 1)) for start in range(0, 40, 2)]
+    assert set(cycles) == {("dots", "lines"), ("lines", "dots")}
+    assert [loop.route(recipe, run.teachers, 7)[0][0].name] == [tasks[7][0][0].name]
+    losses = loop.one_update(run, trained, Watch())
+    assert list(losses.per_teacher()) == [tasks[0][0][0].name]
+    for teacher in run.teachers:  # 4 prompts, 2 rows a turn: 2 turns are one pass
+        turns = [update for update in range(4) if tasks[update][0][0] is teacher]
+        seen = [loop.pick_row(run, teacher, update, 0, n).prompt for update in turns for n in (0, 1)]
+        assert sorted(seen) == sorted(row.prompt for row in teacher.train_rows)
+
+
+def test_round_robin_refuses_weights(tiny_recipe):
+    with pytest.raises(UserError, match="same number of turns. Remove weight"):
+        recipe_with(tiny_recipe, 'train.tasks_per_update="round_robin"', "teachers.0.weight=2.0")
+
+
 def test_each_pass_over_the_prompts_visits_every_row_once_in_another_order(tiny_recipe):
     run, _ = prepared(recipe_with(tiny_recipe))
     teacher = run.teachers[0]
@@ -243,8 +432,6 @@ def test_the_run_stops_by_time(tiny_recipe):
 
 @pytest.mark.parametrize("form", ["full", "base", "ema"])
 def test_every_teacher_form_teaches(form, tiny_sd, tiny_teachers, tmp_path):
-    import tiny
-
     other = tiny.write_teacher(tmp_path / "shelf" / f"by_{form}", tiny_sd, form=form)
     path = tiny.write_recipe(tmp_path / "r.toml", tiny_sd, [tiny_teachers[0], other])
     folder = run_to_end(recipe_with(path, "train.learning_rate=1e-2"))
@@ -266,8 +453,6 @@ def test_fused_teachers_teach_what_their_adapters_do(tiny_recipe):
 
 
 def test_an_ema_teacher_follows_the_student(tiny_sd, tmp_path):
-    import tiny
-
     other = tiny.write_teacher(tmp_path / "shelf" / "me", tiny_sd, form="ema", guidance_scale=3.0)
     recipe = recipe_with(tiny.write_recipe(tmp_path / "r.toml", tiny_sd, [other]), "teachers.0.ema_decay=0.5")
     run, trained = prepared(recipe)
@@ -309,17 +494,50 @@ def test_a_tracker_or_backend_that_is_not_there_is_named_before_training(tiny_re
 
 
 def test_the_command_in_two_processes_is_the_command_with_a_doubled_batch(tiny_recipe, tmp_path):
-    """`--processes 2` at batch 2 and one process at batch 4 train the same weights."""
-    paths = {}
-    for name, extra in {"one": ["--set", "train.batch_size=4"], "two": ["--processes", "2"]}.items():
-        paths[name] = tmp_path / name
-        command = [sys.executable, "-m", "diffopd.cli", "distill", str(tiny_recipe), "--output-dir", str(paths[name])]
-        done = subprocess.run([*command, *extra], capture_output=True, text=True, cwd=ROOT, timeout=280)
-        assert done.returncode == 0, done.stderr[-2000:]
-        assert (paths[name] / "report.html").is_file()
-    one, two = (load_file(path / "checkpoint-2" / "pytorch_lora_weights.safetensors") for path in paths.values())
+    """`--processes 2` at batch 2 and the loop alone at batch 4 train the same weights."""
+    one = weights_of(run_to_end(recipe_with(tiny_recipe, "train.batch_size=4")), 2)
+    folder = RunFolder(tmp_path / "two")
+    command = [sys.executable, "-m", "diffopd.cli", "distill", str(tiny_recipe), "--output-dir", str(folder.path)]
+    extra = ["--processes", "2", "--set", "evaluate.teachers=false"]
+    done = subprocess.run([*command, *extra], capture_output=True, text=True, cwd=ROOT, timeout=280)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (folder.path / "report.html").is_file()
+    two = weights_of(folder, 2)
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-5)
+
+
+def test_processes_are_waited_for_after_ctrl_c_and_ended_by_a_second_one(monkeypatch):
+    def started(seconds):
+        return [subprocess.Popen([sys.executable, "-c", f"import time; time.sleep({seconds})"]) for _ in range(2)]
+
+    saving, stuck = started(0.1), started(600)
+    assert launch._interrupted(saving) == 130
+    assert [process.poll() for process in saving] == [0, 0]
+
+    def pressed_again(processes):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(launch, "_wait", pressed_again)
+    assert launch._interrupted(stuck) == 130
+    assert [process.poll() for process in stuck] == [-signal.SIGTERM] * 2
+
+
+def test_a_group_on_gpus_also_sums_tensors_of_the_cpu(monkeypatch):
+    """Clocks, counts and flags are CPU tensors, which NCCL alone would refuse."""
+    asked = []
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda number: asked.append(number))
+    monkeypatch.setattr(torch.distributed, "init_process_group", asked.append)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    assert loop.join_processes() == loop.Processes(1, 2)
+    assert asked == [1, "cpu:gloo,cuda:nccl"]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match="has no GPU: there are 1"):
+        loop.join_processes()
 
 
 def test_a_failing_process_ends_the_others_with_its_exit_code(tiny_recipe, tmp_path):
