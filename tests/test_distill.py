@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from diffopd import checkpoint, launch
 from diffopd import distill as loop
+from diffopd.cli import app
 from diffopd.errors import UserError
 from diffopd.recipe import read_recipe
 from diffopd.run_folder import RunFolder
@@ -493,14 +494,15 @@ def test_a_tracker_or_backend_that_is_not_there_is_named_before_training(tiny_re
             run_to_end(recipe_with(tiny_recipe, 'train.report_to=["trackio"]', f'output_dir="{tmp_path}/b"'))
 
 
-def test_the_command_in_two_processes_is_the_command_with_a_doubled_batch(tiny_recipe, tmp_path):
+def test_the_command_in_two_processes_is_the_command_with_a_doubled_batch(tiny_recipe, tmp_path, monkeypatch):
     """`--processes 2` at batch 2 and the loop alone at batch 4 train the same weights."""
     one = weights_of(run_to_end(recipe_with(tiny_recipe, "train.batch_size=4")), 2)
     folder = RunFolder(tmp_path / "two")
-    command = [sys.executable, "-m", "diffopd.cli", "distill", str(tiny_recipe), "--output-dir", str(folder.path)]
-    extra = ["--processes", "2", "--set", "evaluate.teachers=false"]
-    done = subprocess.run([*command, *extra], capture_output=True, text=True, cwd=ROOT, timeout=280)
-    assert done.returncode == 0, done.stderr[-2000:]
+    arguments = ["distill", str(tiny_recipe), "--output-dir", str(folder.path), "--processes", "2"]
+    monkeypatch.setattr(sys, "argv", ["diffopd", *arguments, "--set", "evaluate.teachers=false"])
+    with pytest.raises(SystemExit) as ended:
+        app()
+    assert ended.value.code == 0
     assert (folder.path / "report.html").is_file()
     two = weights_of(folder, 2)
     for name in one:
@@ -540,15 +542,23 @@ def test_a_group_on_gpus_also_sums_tensors_of_the_cpu(monkeypatch):
         loop.join_processes()
 
 
-def test_a_failing_process_ends_the_others_with_its_exit_code(tiny_recipe, tmp_path):
+def test_a_failing_process_ends_the_others_with_its_exit_code():
+    codes = ("import sys; sys.exit(2)", "import time; time.sleep(600)")
+    started = [subprocess.Popen([sys.executable, "-c", code]) for code in codes]
+    assert launch._wait(started) == 2
+    assert [process.poll() for process in started] == [2, -signal.SIGTERM]
+
+
+def test_a_folder_of_other_files_is_refused_before_processes_start(tiny_recipe, tmp_path, monkeypatch, capsys):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").write_text("keep")
-    command = [sys.executable, "-m", "diffopd.cli", "distill", str(tiny_recipe), "--processes", "2"]
-    done = subprocess.run(
-        [*command, "--output-dir", str(tmp_path / "full")], capture_output=True, text=True, cwd=ROOT, timeout=200
-    )
-    assert done.returncode == 2
-    assert "is not empty" in done.stderr and "Traceback" not in done.stderr
+    monkeypatch.setattr(subprocess, "Popen", None)
+    arguments = ["distill", str(tiny_recipe), "--processes", "2", "--output-dir", str(tmp_path / "full")]
+    monkeypatch.setattr(sys, "argv", ["diffopd", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        app()
+    assert ended.value.code == 2
+    assert "is not empty" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "full").iterdir()] == ["mine.txt"]
 
 
