@@ -141,9 +141,7 @@ def own_steps(settings: TeacherSettings, card: TeacherCard) -> int:
     return settings.num_inference_steps or card.num_inference_steps
 
 
-def _average(
-    recipe: Recipe, cards: list[TeacherCard], base: Any, switch: AdapterSwitch, steps: int
-) -> list[Contender]:
+def _average(recipe: Recipe, cards: list[TeacherCard], base: Any, switch: AdapterSwitch, steps: int) -> list[Contender]:
     """The weight average of the teachers, what merging them without training gives; only where all are LoRA."""
     if len(cards) < 2 or any(card.form != "lora" for card in cards):
         return []

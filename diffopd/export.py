@@ -142,9 +142,7 @@ def _ask_stranger(
     np.save(probe / "latents.npy", latents)
     files = {name: probe.resolve() / f"{name}.npy" for name in forms}
     asked = {
-        "forms": [
-            {"folder": where, "lora": lora, "images": str(files[name])} for name, (where, lora) in forms.items()
-        ],
+        "forms": [{"folder": where, "lora": lora, "images": str(files[name])} for name, (where, lora) in forms.items()],
         "arguments": arguments,
         "seed": PROBE_SEED,
         "threads": torch.get_num_threads(),

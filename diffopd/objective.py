@@ -60,8 +60,8 @@ def noise(student: Proposal, teacher: Proposal, step: Step) -> Tensor:
     """|eps_S - eps_T|^2 = alpha^2 |dv|^2: low noise weighs most. Raises ValueError at alpha = 0, where it is 0."""
     if is_pure_noise(student.prediction.path, step.sigma):
         raise ValueError(
-            f"objective 'noise' compares nothing at step {step.index} (sigma {step.sigma:.4f}): alpha = 0 there, so the "
-            'noise is the sample whatever is predicted. Take "velocity" or "mean", or a query without this step.'
+            f"objective 'noise' compares nothing at step {step.index} (sigma {step.sigma:.4f}): alpha = 0 there, so "
+            'the noise is the sample whatever is predicted. Take "velocity" or "mean", or a query without this step.'
         )
     return _square(student.prediction.noise - teacher.prediction.noise)
 

@@ -14,7 +14,6 @@ from diffopd.overrides import apply_override
 from diffopd.settings import Location, Settings, Source, read_toml, validated
 
 
-
 def _finite(value: Any) -> Any:
     """A TOML value without nan and inf, however deep in lists and tables."""
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()

@@ -126,11 +126,15 @@ def test_two_processes_are_one_in_gradients_schedules_and_ends(tiny_recipe, tmp_
     assert all(process.returncode == 0 for process in started), "\n".join(outputs)
     assert_same_gradients(whole, load_file(target))
     ends = [json.loads(target.with_suffix(f".{rank}.json").read_text()) for rank in range(2)]
-    assert ends[0] == ends[1] == {
-        "clock": {"reason": "reached max_train_seconds = 3.5", "updates": 4, "apart": 0.0},
-        "held-out loss": {"reason": "the held-out loss has not fallen for 2 checks", "updates": 2, "apart": 0.0},
-        "Ctrl-C": {"reason": loop.INTERRUPTED, "updates": 2, "apart": 0.0},
-    }
+    assert (
+        ends[0]
+        == ends[1]
+        == {
+            "clock": {"reason": "reached max_train_seconds = 3.5", "updates": 4, "apart": 0.0},
+            "held-out loss": {"reason": "the held-out loss has not fallen for 2 checks", "updates": 2, "apart": 0.0},
+            "Ctrl-C": {"reason": loop.INTERRUPTED, "updates": 2, "apart": 0.0},
+        }
+    )
 
 
 def test_streaming_and_two_pass_updates_are_equal(tiny_recipe):
