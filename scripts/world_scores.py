@@ -1,4 +1,4 @@
-"""Measures the shipped references and writes them to their cards, teachers/<task>/scores.json.
+"""Measures the shipped references and writes them to their cards, teachers/<task>/scores.json and README.md.
 
     python scripts/world_scores.py composition text style --prompts 1000 --seeds 0 --guidance 1 --guidance 2
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -30,6 +30,7 @@ from diffopd.evaluate import (
 from diffopd.preflight import check
 from diffopd.recipe import read_recipe
 from diffopd.run_folder import atomic_write
+from diffopd.teacher import TeacherCard
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -61,9 +62,37 @@ def main(
         conditions = card_conditions(read, settings, card, base_hash)
         stored = {"conditions": conditions, "tasks": task_conditions(cards), "rows": rows}
         atomic_write(card.folder / CARD_SCORES, json.dumps(stored) + "\n")
+        atomic_write(card.folder / "README.md", card_text(card, rows, seeds))
         for row in rows:
             setting = f"{row['num_inference_steps']} steps, guidance {row['guidance_scale']:g}"
             print(f"{row['model']:24} on {row['task']:12} {setting:26} {row['score']:.3f} {row['interval']}")
+
+
+def card_text(card: TeacherCard, rows: list[dict[str, Any]], seeds: list[int]) -> str:
+    """README.md of a teacher's folder: what it is and what it scores."""
+    count = rows[0]["num_prompts"]
+    lines = [
+        f"# {card.name}",
+        "",
+        f"A teacher of the embedded world: an adapter on `pipelines/{card.base}`, made by",
+        f"`scripts/world_train.py teacher {card.name}` from pictures of this task with clean captions. Licence: "
+        f"{card.license}; the drawings'",
+        "licences are in `teachers/sprites/CREDITS.md`.",
+        "",
+        f"Measured by `scripts/world_scores.py {card.name} --prompts {count}` on held-out prompts (seeds {seeds}; 95 % "
+        "bootstrap interval;",
+        "diversity is the mean distance of pictures at 12 x 12 pixels). `scores.json` holds the same by prompt.",
+        "",
+        "| model | task | steps | guidance | score | interval | diversity |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        low, high = row["interval"]
+        lines.append(
+            f"| {row['model']} | {row['task']} | {row['num_inference_steps']} | {row['guidance_scale']:g} "
+            f"| {row['score']:.3f} | {low:.3f} to {high:.3f} | {row['diversity']:.3f} |"
+        )
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -1,0 +1,49 @@
+"""Contract of the shipped shelves: every teacher draws what its card says, and all fits in the promised size."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from diffopd.evaluate import CARD_SCORES, measure, reference_contenders, tasks_of
+from diffopd.locate import shelf, teacher_names
+from diffopd.recipe import read_recipe
+from diffopd.teacher import teacher_card
+
+NUM_PROMPTS = 24
+
+
+@pytest.fixture(scope="module")
+def world():
+    recipe = read_recipe("together", [f"evaluate.num_prompts={NUM_PROMPTS}", "evaluate.batch_size=24"])
+    cards = [teacher_card(settings.name, recipe.path) for settings in recipe.teachers]
+    return recipe, cards, reference_contenders(recipe, cards)
+
+
+@pytest.mark.parametrize("name", teacher_names())
+def test_a_teacher_scores_at_few_steps_what_its_card_says(name, world):
+    recipe, cards, contenders = world
+    steps = recipe.student.num_inference_steps
+    contender = next(c for c in contenders if c.model == f"teacher:{name}" and c.num_inference_steps == steps)
+    task = next(task for task in tasks_of(cards, NUM_PROMPTS) if task.name == name)
+    (result,) = measure([(contender, task)], recipe)
+    card = next(card for card in cards if card.name == name)
+    rows = json.loads((card.folder / CARD_SCORES).read_text())["rows"]
+    said = next(r for r in rows if (r["model"], r["task"], r["num_inference_steps"]) == (contender.model, name, steps))
+    # Same prompts and noise: only a different machine's rounding may tip a picture over a threshold.
+    assert np.mean(np.array(result.scores) != np.array(said["scores"][:NUM_PROMPTS])) <= 0.15
+
+
+@pytest.mark.parametrize("name", teacher_names())
+def test_a_card_holds_the_base_the_teacher_and_the_other_tasks(name):
+    card = teacher_card(name, shelf("teachers"))
+    rows = json.loads((card.folder / CARD_SCORES).read_text())["rows"]
+    assert {row["task"] for row in rows if row["model"] == f"teacher:{name}"} == set(teacher_names())
+    assert len({row["guidance_scale"] for row in rows if row["model"] == "base"}) >= 2
+    assert all(len(row["scores"]) == row["num_prompts"] and row["diversity"] > 0.02 for row in rows)
+
+
+def test_base_and_teachers_are_at_most_30_megabytes():
+    files = [file for name in ("teachers", "pipelines") for file in Path(shelf(name)).rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files if "__pycache__" not in file.parts) <= 30e6
