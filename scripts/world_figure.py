@@ -6,13 +6,14 @@ python scripts/world_figure.py runs/together docs/together.png
 from __future__ import annotations
 
 import json
+import textwrap
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from PIL import Image, ImageDraw, ImageFont
 
-ZOOM, GAP, LABEL, LEFT = 2, 10, 18, 92
+ZOOM, GAP, LABEL, LEFT = 2, 8, 32, 92
 INK, PAPER, FAINT = (30, 30, 30), (255, 255, 255), (120, 120, 120)
 ROWS = {"base": "base", "teacher": "its teacher", "student": "student"}
 
@@ -42,13 +43,14 @@ def block(folder: Path, entries: list[dict], scores: list[dict], task: str, colu
     shown = [entry for entry in entries if entry["task"] == task][:columns]
     first = Image.open(folder / next(iter(shown[0]["models"].values()))["file"])
     side = first.width * ZOOM
-    cell = side + 60
+    cell = side + 40
     font, small = ImageFont.load_default(12), ImageFont.load_default(10)
     sheet = Image.new("RGB", (LEFT + columns * cell, LABEL + len(ROWS) * (side + GAP) + GAP), PAPER)
     draw = ImageDraw.Draw(sheet)
     for column, entry in enumerate(shown):
         left = LEFT + column * cell
-        draw.text((left + side // 2, 3), entry["prompt"], INK, small, anchor="ma")
+        lines = "\n".join(textwrap.wrap(entry["prompt"], 24))
+        draw.multiline_text((left + side // 2, LABEL - 4), lines, INK, small, anchor="md", align="center")
         for row, (kind, label) in enumerate(ROWS.items()):
             top = LABEL + row * (side + GAP)
             said = entry["models"].get(kind if kind != "teacher" else f"teacher-{task}")
