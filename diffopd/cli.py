@@ -80,7 +80,9 @@ def distill(
     from diffopd.distill import distill as train
 
     ended = train(read, folder)
-    if ended and _is_main():
+    if not ended:
+        raise typer.Exit(130)  # as shells say of a command that Ctrl-C ended
+    if _is_main():
         _finish(folder.path)
 
 
@@ -98,7 +100,8 @@ def evaluate(
     _quiet_libraries()
     from diffopd.evaluate import evaluate_run
 
-    evaluate_run(path, everything=everything)
+    scores = evaluate_run(path, everything=everything)
+    _show_scores(scores)
 
 
 @app.command()
@@ -110,7 +113,7 @@ def export(run: RunArgument) -> None:
     _quiet_libraries()
     from diffopd.export import export_run
 
-    export_run(path)
+    typer.echo(f"{export_run(path)}: a stock diffusers folder and, for a LoRA student, its LoRA; both were reloaded.")
 
 
 @app.command()
@@ -121,7 +124,7 @@ def report(run: RunArgument) -> None:
     path = RunFolder.open(run).path
     from diffopd.report import write_report
 
-    write_report(path)
+    typer.echo(write_report(path))
 
 
 @app.command()
@@ -143,6 +146,20 @@ def teachers() -> None:
     console = Console()
     console.print(table)
     console.print(f"\nrecipes: {', '.join(recipe_names())}")
+
+
+def _show_scores(file: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("model", "steps", "guidance", "task", "score", "95 % interval", "of its teacher", box=None)
+    for row in json.loads(file.read_text(encoding="utf-8"))["rows"]:
+        low, high = row["interval"]
+        share = f"{row['ratio']['value']:.2f}" if "ratio" in row else ""
+        settings = (str(row["num_inference_steps"]), f"{row['guidance_scale']:g}")
+        table.add_row(row["model"], *settings, row["task"], f"{row['score']:.3f}", f"{low:.3f} to {high:.3f}", share)
+    Console().print(table)
+    typer.echo(f"\n{file}")
 
 
 def _show_plan(parts: Any) -> None:

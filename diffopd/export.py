@@ -175,7 +175,8 @@ def _keep_tokenizer_files(pipeline: Any, folder: Path) -> None:
 def model_card(recipe: Recipe, cards: list[TeacherCard], folder: RunFolder, checks: dict[str, float]) -> str:
     """README.md of the export: what it is, how to use it, whom it learned from, what it scores."""
     student, steps = recipe.student, recipe.student.num_inference_steps
-    licenses = sorted({card.license for card in cards} | base_licenses(recipe))
+    named = sorted({card.license for card in cards} | base_licenses(recipe))
+    licenses = list({name.lower(): name for name in reversed(named)}.values())[::-1]  # Apache-2.0 is apache-2.0
     metadata = [
         "---",
         "library_name: diffusers",
