@@ -152,12 +152,14 @@ def _show_scores(file: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("model", "steps", "guidance", "task", "score", "95 % interval", "of its teacher", box=None)
+    table = Table(box=None, pad_edge=False)
+    for title in ("model", "steps", "cfg", "task", "score", "95 %", "of teacher"):
+        table.add_column(title, no_wrap=True)
     for row in json.loads(file.read_text(encoding="utf-8"))["rows"]:
         low, high = row["interval"]
         share = f"{row['ratio']['value']:.2f}" if "ratio" in row else ""
         settings = (str(row["num_inference_steps"]), f"{row['guidance_scale']:g}")
-        table.add_row(row["model"], *settings, row["task"], f"{row['score']:.3f}", f"{low:.3f} to {high:.3f}", share)
+        table.add_row(row["model"], *settings, row["task"], f"{row['score']:.3f}", f"{low:.2f} to {high:.2f}", share)
     Console().print(table)
     typer.echo(f"\n{file}")
 
