@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from typer.testing import CliRunner
 
 from diffopd import distill as loop
 from diffopd import evaluate as evaluation
+from diffopd.cli import app
 from diffopd.errors import UserError
 from diffopd.evaluate import evaluate_run
 from diffopd.export import export_run
@@ -194,6 +196,18 @@ def test_a_stranger_that_draws_something_else_stops_the_export(finished, exporte
     with pytest.raises(UserError, match=f"The exported {form} draws other pictures"):
         export_run(finished)
     assert {path: path.stat().st_mtime_ns for path in exported.rglob("*")} == before
+
+
+def test_the_commands_say_what_they_made(finished):
+    evaluated = CliRunner().invoke(app, ["evaluate", str(finished)])
+    assert evaluated.exit_code == 0, evaluated.output
+    said = [line.split()[0] for line in evaluated.output.splitlines() if line.startswith(("base ", "student "))]
+    assert said.count("student") == 2 and "base" in said
+    for row in scores_of(finished):
+        assert f"{row['score']:.3f}" in evaluated.output
+    assert "scores.json" in evaluated.output
+    reported = CliRunner().invoke(app, ["report", str(finished)])
+    assert reported.exit_code == 0 and "report.html" in reported.output
 
 
 def test_the_stranger_cannot_import_us():
