@@ -111,8 +111,8 @@ def _all_scenes(task: str, rng: np.random.Generator) -> list[dict[str, Any]]:
             for relation in world.RELATIONS for second in world.THINGS if first != second]  # fmt: skip
 
 
-def world_prompts(task: str, *, held_out: bool) -> list[dict[str, str]]:
-    """All prompt rows of a task (text: 2,000 words), in a fixed random order."""
+def world_prompts(task: str, *, held_out: bool, first: int = 0) -> list[dict[str, str]]:
+    """At most 2,000 prompt rows of a task from row `first` on, in a fixed random order."""
     rng = np.random.default_rng([11, world.TASKS.index(task)])
     rows = []
     for scene in _all_scenes(task, rng):
@@ -125,13 +125,17 @@ def world_prompts(task: str, *, held_out: bool) -> list[dict[str, str]]:
             texts = world.captions(task, scene)
             texts = texts if task == "composition" else [texts[int(rng.integers(len(texts)))]]
             rows += [{"prompt": text, **world.describe(task, scene)} for text in texts]
-    return [rows[index] for index in rng.permutation(len(rows))[:2000]]
+    return [rows[index] for index in rng.permutation(len(rows))[first : first + 2000]]
 
 
-def held_out_rows(task: str, count: int, seed: int = 5) -> list[dict[str, str]]:
-    """Prompt rows of held-out combinations (style: held-out wordings)."""
+def validation_rows(task: str, count: int, seed: int = 5) -> list[dict[str, str]]:
+    """Prompt rows to look at while training, none of them in test.jsonl: those are for the reported scores alone.
+
+    Text: held-out words that test.jsonl leaves over. Composition and style have no third kind: prompts of training
+    scenes, drawn from noise.
+    """
     rng = np.random.default_rng([seed, world.TASKS.index(task)])
-    rows = world_prompts(task, held_out=True)
+    rows = world_prompts(task, held_out=True, first=2000) if task == "text" else world_prompts(task, held_out=False)
     return [rows[index] for index in rng.permutation(len(rows))[:count]]
 
 

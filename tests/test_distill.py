@@ -16,7 +16,7 @@ import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from diffopd import checkpoint, launch
+from diffopd import checkpoint
 from diffopd import distill as loop
 from diffopd.cli import app
 from diffopd.errors import UserError
@@ -513,22 +513,6 @@ def test_the_command_in_two_processes_is_the_command_with_a_doubled_batch(tiny_r
         torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-5)
 
 
-def test_processes_are_waited_for_after_ctrl_c_and_ended_by_a_second_one(monkeypatch):
-    def started(seconds):
-        return [subprocess.Popen([sys.executable, "-c", f"import time; time.sleep({seconds})"]) for _ in range(2)]
-
-    saving, stuck = started(0.1), started(600)
-    assert launch._interrupted(saving) == 130
-    assert [process.poll() for process in saving] == [0, 0]
-
-    def pressed_again(processes):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(launch, "_wait", pressed_again)
-    assert launch._interrupted(stuck) == 130
-    assert [process.poll() for process in stuck] == [-signal.SIGTERM] * 2
-
-
 def test_a_group_on_gpus_also_sums_tensors_of_the_cpu(monkeypatch):
     """Clocks, counts and flags are CPU tensors, which NCCL alone would refuse."""
     asked = []
@@ -544,13 +528,6 @@ def test_a_group_on_gpus_also_sums_tensors_of_the_cpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(UserError, match="has no GPU: there are 1"):
         loop.join_processes()
-
-
-def test_a_failing_process_ends_the_others_with_its_exit_code():
-    codes = ("import sys; sys.exit(2)", "import time; time.sleep(600)")
-    started = [subprocess.Popen([sys.executable, "-c", code]) for code in codes]
-    assert launch._wait(started) == 2
-    assert [process.poll() for process in started] == [2, -signal.SIGTERM]
 
 
 def test_a_folder_of_other_files_is_refused_before_processes_start(tiny_recipe, tmp_path, monkeypatch, capsys):
