@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
 import time
+from types import FrameType
 
 POLL_SECONDS = 0.2
 GRACE_SECONDS = 30.0
+
+
+class _Terminated(Exception):
+    """SIGTERM has come."""
 
 
 def launch(count: int, arguments: list[str]) -> int:
@@ -17,8 +23,9 @@ def launch(count: int, arguments: list[str]) -> int:
 
     Only the first process writes to the terminal, errors of all come through. When one fails the others are ended:
     they would wait for it for ever. Ctrl-C reaches all of them (one terminal); they finish their update, save and
-    stop by themselves, and a second one ends them.
+    stop by themselves, and a second one ends them. SIGTERM reaches this process alone, which passes it on (143).
     """
+    signal.signal(signal.SIGTERM, _terminate)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -37,6 +44,12 @@ def launch(count: int, arguments: list[str]) -> int:
         return _wait(started)
     except KeyboardInterrupt:
         return _interrupted(started)
+    except _Terminated:
+        return _end(started, 128 + signal.SIGTERM)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise _Terminated
 
 
 def _interrupted(started: list[subprocess.Popen[bytes]]) -> int:

@@ -3,7 +3,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 
 import pytest
 import tiny
@@ -228,17 +227,13 @@ def test_the_version_is_printed():
     assert command("--version").output.strip() == __version__
 
 
-def test_help_answers_in_under_a_second_without_heavy_imports():
+def test_help_needs_no_heavy_imports():
+    """They are what makes it slow (`scripts/bench_help.py` measures it)."""
     code = "import sys; from diffopd.cli import app; app(['--help'], standalone_mode=False); " + (
         "sys.exit(len({'torch', 'diffusers', 'peft', 'pydantic'} & set(sys.modules)))"
     )
-    seconds = []
-    for _ in range(3):  # the quickest counts: the machine may be busy
-        start = time.monotonic()
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=os.environ, check=False)
-        seconds.append(time.monotonic() - start)
-        assert done.returncode == 0 and b"distill" in done.stdout
-    assert min(seconds) < 1.0
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=os.environ, check=False)
+    assert done.returncode == 0 and b"distill" in done.stdout
 
 
 @pytest.mark.skipif(not (locate.pipeline_names() and locate.teacher_names()), reason="the shipped world is not built")
