@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from diffopd import noise
-from diffopd.adapters import Average, autocast_forward
+from diffopd.adapters import Average, autocast_forward, fused_forward
 from diffopd.assemble import Student, Teacher, assemble
 from diffopd.checkpoint import Progress, Trained, averaged, load_checkpoint, save_checkpoint
 from diffopd.data import PromptRow
@@ -77,6 +77,8 @@ def distill(recipe: Recipe, folder: RunFolder) -> bool:
         dtype = torch.bfloat16 if recipe.train.mixed_precision == "bf16" else None
         for denoiser in {id(d): d for d in (denoiser_of(s.call.pipeline) for s in (student, *teachers))}.values():
             stack.enter_context(autocast_forward(denoiser, dtype))
+        if recipe.train.fuse_student:
+            stack.enter_context(fused_forward(denoiser_of(student.pipeline)))
         preflight(run)
         log = stack.enter_context(TrainingLog(folder, recipe, trained.progress, is_main=processes.is_main))
         reason = _updates(run, trained, folder, log)

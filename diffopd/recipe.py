@@ -170,6 +170,7 @@ class TrainSettings(Settings):
     mixed_precision: Literal["no", "bf16"] = "no"
     gradient_checkpointing: bool = False
     fuse_teachers: bool = False
+    fuse_student: bool = False
     attention_backend: Literal["default", "xformers"] = "default"
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = []
     mode: Literal["streaming", "two_pass"] = "streaming"
@@ -183,6 +184,15 @@ class TrainSettings(Settings):
         if value in ("all", "round_robin") or (_is_index(value) and value > 0):
             return value
         raise ValueError(f'{value!r} is not allowed. Give "all", "round_robin" or a whole number above 0.')
+
+    @model_validator(mode="after")
+    def _fused_once(self) -> TrainSettings:
+        if self.fuse_student and self.gradient_checkpointing:
+            raise ValueError(
+                "fuse_student folds the adapter into the weights of one forward, which gradient_checkpointing would "
+                "compute again without it. Turn one of the two off."
+            )
+        return self
 
     @model_validator(mode="after")
     def _ends(self) -> TrainSettings:
@@ -225,6 +235,12 @@ class Recipe(Settings):
     train: TrainSettings
     evaluate: EvaluateSettings = EvaluateSettings()
     _source: Source = PrivateAttr()
+
+    @model_validator(mode="after")
+    def _an_adapter_to_fuse(self) -> Recipe:
+        if self.train.fuse_student and self.student.train == "full":
+            raise ValueError('train.fuse_student folds an adapter and student.train = "full" has none. Remove it.')
+        return self
 
     @model_validator(mode="after")
     def _names_differ(self) -> Recipe:

@@ -4,13 +4,13 @@ import pytest
 import torch
 from cast import arguments, cast_for, draws, scheduler_named
 
-from diffopd.adapters import STUDENT, AdapterSwitch, Average, add_adapter, autocast_forward
+from diffopd.adapters import STUDENT, AdapterSwitch, Average, add_adapter, autocast_forward, fused_forward
 from diffopd.drive import Call, rollout
 
 
-def answer(unet):
+def answer(unet, *, grad=False):
     told = arguments()
-    with torch.no_grad():
+    with torch.set_grad_enabled(grad):
         return unet(draws(3, 1), torch.tensor(500), told["prompt_embeds"]).sample
 
 
@@ -74,6 +74,29 @@ def test_autocast_keeps_no_stale_weights_across_an_adapter_change(cast):
     assert not torch.equal(before, after)
     with autocast_forward(unet, torch.bfloat16):
         assert torch.equal(answer(unet), after)
+    assert "forward" not in vars(unet)
+
+
+def test_a_fused_forward_is_every_adapters_own_function_with_its_gradient(cast):
+    unet = cast.pipeline.unet
+
+    def answers_and_gradient():
+        with cast.switch.bound("teacher"):
+            taught = answer(unet)
+        with cast.switch.bound(None):
+            base = answer(unet)
+        with cast.switch.averaged([STUDENT, "teacher"]):
+            averaged = answer(unet)
+        said = answer(unet, grad=True)
+        said.square().sum().backward()
+        return (taught, base, averaged, said.detach()), cast.gradient()
+
+    plain, gradient = answers_and_gradient()
+    with fused_forward(unet):
+        fused, fused_gradient = answers_and_gradient()
+    for ours, theirs in zip(fused, plain, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(fused_gradient, gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max()))
     assert "forward" not in vars(unet)
 
 

@@ -457,6 +457,17 @@ def test_fused_teachers_teach_what_their_adapters_do(tiny_recipe):
     assert max(float((base[name] - shared[name]).abs().max()) for name in shared) > 1e-2 * scale
 
 
+def test_a_fused_student_is_trained_as_its_adapter_is(tiny_recipe, tmp_path):
+    ends = []
+    for name, fuse in (("branch", "false"), ("fused", "true")):
+        recipe = recipe_with(tiny_recipe, f"train.fuse_student={fuse}", f'output_dir="{tmp_path / name}"')
+        folder = run_to_end(recipe)
+        ends.append(rows_of(folder, "update"))
+    for branch, fused in zip(*ends, strict=True):
+        assert fused["loss"] == pytest.approx(branch["loss"], rel=1e-4)
+        assert fused["grad_norm"] == pytest.approx(branch["grad_norm"], rel=1e-3)
+
+
 def test_an_ema_teacher_follows_the_student(tiny_sd, tmp_path):
     other = tiny.write_teacher(tmp_path / "shelf" / "me", tiny_sd, form="ema", guidance_scale=3.0)
     recipe = recipe_with(tiny.write_recipe(tmp_path / "r.toml", tiny_sd, [other]), "teachers.0.ema_decay=0.5")
