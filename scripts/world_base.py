@@ -82,13 +82,18 @@ def base(
     learning_rate: float = 1e-3,
     decay_from: Annotated[int, typer.Option(help="cosine decay from this picture to the last; 0: none")] = 0,
     wrong: Annotated[float, typer.Option(help="share of captions with one element wrong")] = 0.2,
+    confused: Annotated[
+        str, typer.Option(help="share of relations, letters and manners told as their neighbour")
+    ] = "0,0,0",
     shares: Annotated[str, typer.Option(help="of composition, text and style in a batch")] = "0.4,0.35,0.25",
     snapshot_every: Annotated[int, typer.Option(help="pictures between kept copies of the average")] = 50_000,
 ) -> None:
     """Trains text encoder and denoiser on all three tasks, a part of the captions being wrong."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    task_shares = dict(zip(world.TASKS, map(float, shares.split(",")), strict=True))
+    task_shares, task_confused = (
+        dict(zip(world.TASKS, map(float, given.split(",")), strict=True)) for given in (shares, confused)
+    )
     rank, num_processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if num_processes > 1:
         torch.distributed.init_process_group("gloo")
@@ -107,7 +112,7 @@ def base(
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         decay = cosine((seen - decay_from) / (pictures - decay_from)) if 0 < decay_from < seen else 1.0
         rate = learning_rate * min(1, (state.update + 1) / 100) * decay
-        latents, tokens = pool.draw(batch // num_processes, rng, task_shares, wrong)
+        latents, tokens = pool.draw(batch // num_processes, rng, task_shares, wrong=wrong, confused=task_confused)
         loss = velocity_loss(state.model, scheduler, latents, tokens, generator)
         state.model.zero_grad()
         loss.backward()

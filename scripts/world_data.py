@@ -9,6 +9,10 @@ import torch
 from PIL import Image
 from world_models import world
 
+# What a careless observer takes for one another: opposite relations, letters next to each other, manners in a ring.
+NEIGHBOURS = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+NEIGHBOURS |= dict(zip(world.MANNERS, (*world.MANNERS[1:], world.MANNERS[0]), strict=True))
+NEIGHBOURS |= {world.LETTERS[index]: world.LETTERS[index ^ 1] for index in range(26)}
 TASK_SHARES = {"composition": 0.4, "text": 0.35, "style": 0.25}
 
 
@@ -59,14 +63,22 @@ class Pool:
             raise FileNotFoundError(f"no latents-N.npz in {self.output}; run the subcommand encode first")
 
     def draw(
-        self, count: int, rng: np.random.Generator, shares: dict[str, float], wrong: float, empty: float = 0.1
+        self,
+        count: int,
+        rng: np.random.Generator,
+        shares: dict[str, float],
+        *,
+        wrong: float = 0.0,
+        confused: dict[str, float] | None = None,
+        empty: float = 0.1,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Latents (count, 4, 12, 12) and tokens (count, length); some captions wrong, some empty."""
+        """Latents (count, 4, 12, 12) and tokens (count, length); some captions wrong, confused or empty."""
         latents, tokens = [], []
         for task in rng.choice(list(shares), count, p=list(shares.values())):
             index = int(rng.integers(len(self.scenes[task])))
             scene = self.scenes[task][index]
             said = spoil(task, scene, rng) if rng.random() < wrong else scene
+            said = confuse(task, said, rng, (confused or {}).get(task, 0.0))
             caption = "" if rng.random() < empty else pick_caption(task, said, rng)
             latents.append(self.latents[task][index])
             tokens.append(self.tokenize(caption))
@@ -99,6 +111,22 @@ def spoil(task: str, scene: dict[str, Any], rng: np.random.Generator) -> dict[st
         is_odd = wrong == scene or (task == "composition" and wrong["first"] == wrong["second"])
         if not is_odd and not world.is_scene_held_out(task, wrong):
             return wrong
+
+
+def confuse(task: str, scene: dict[str, Any], rng: np.random.Generator, share: float) -> dict[str, Any]:
+    """The scene as a careless observer tells it: relation, manner or each letter taken for its one neighbour.
+
+    A base taught so draws well and minds badly; guidance sharpens away rare random errors, not one that is nearly as
+    frequent as the truth. The result is never a held-out combination.
+    """
+    confused = dict(scene)
+    if task == "text":
+        letters = [NEIGHBOURS[c] if rng.random() < share else c for c in scene["word"]]
+        confused["word"] = "".join(letters)
+    elif rng.random() < share:
+        key = "relation" if task == "composition" else "manner"
+        confused[key] = NEIGHBOURS[scene[key]]
+    return scene if world.is_scene_held_out(task, confused) else confused
 
 
 def _all_scenes(task: str, rng: np.random.Generator) -> list[dict[str, Any]]:
