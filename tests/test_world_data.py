@@ -1,4 +1,4 @@
-"""What the embedded world's trainings are told: spoilt and confused captions, and prompts for looking while training."""
+"""What the embedded world's trainings are told: spoilt and confused captions; prompts to look at while training."""
 
 import json
 import sys
