@@ -67,6 +67,7 @@ class Setting:
     rank: int
     target_modules: list[str] | str
     fuse_teachers: bool
+    fuse_student: bool
     substeps: int
     teacher_guidance: list[float]
 
@@ -86,6 +87,7 @@ def setting_of(name: str, **given: Any) -> Setting:
         "rank": student.rank,
         "target_modules": student.target_modules,
         "fuse_teachers": recipe.train.fuse_teachers,
+        "fuse_student": recipe.train.fuse_student,
         "substeps": recipe.objective.substeps,
         "teacher_guidance": [c.guidance_scale if g is None else g for g, c in zip(told, cards, strict=True)],
     }
@@ -159,10 +161,10 @@ def random_pipeline(geometry: str) -> Any:
 
 
 def one_step(
-    student: Any, teacher: Any, *, batch: int, steps: int, two_pass: bool, device: str
+    student: Any, teacher: Any, *, batch: int, steps: int, fuse_student: bool, two_pass: bool, device: str
 ) -> tuple[float, dict[str, float], list[torch.Tensor]]:
     """Seconds, seconds per stage and gradients of one micro-batch with its optimizer step."""
-    from diffopd.adapters import STUDENT, adapter_parameters
+    from diffopd.adapters import STUDENT, adapter_parameters, fused_forward
     from diffopd.drive import denoiser_of, survey
     from diffopd.noise import draw
     from diffopd.objective import get_objective
@@ -185,14 +187,15 @@ def one_step(
     manner = Manner(get_objective("mean"), range(steps), two_pass=two_pass)
     watch = Watch(exact=True)
     start = time.perf_counter()
-    supervise(
-        told(student, latents=noise(0)),
-        told(teacher, latents=noise(0)),
-        manner=manner,
-        noise=lambda index: noise(index + 1),
-        backward=lambda loss: loss.mean().backward(),
-        watch=watch,
-    )
+    with fused_forward(denoiser_of(student.pipeline)) if fuse_student else nullcontext():
+        supervise(
+            told(student, latents=noise(0)),
+            told(teacher, latents=noise(0)),
+            manner=manner,
+            noise=lambda index: noise(index + 1),
+            backward=lambda loss: loss.mean().backward(),
+            watch=watch,
+        )
     gradients = [p.grad.detach().clone() for p in parameters]
     with watch("optimizer"):
         optimizer.step()
@@ -203,7 +206,7 @@ def peak_memory(sender: Any, setting: Setting, dtype: torch.dtype, device: str, 
     """In a process of its own: bytes that one micro-batch adds to the peak."""
     torch.set_num_threads(1)
     student, teacher = build(setting, dtype, device)
-    run = {"steps": setting.steps, "device": device, "two_pass": two_pass}
+    run = {"steps": setting.steps, "fuse_student": setting.fuse_student, "device": device, "two_pass": two_pass}
     one_step(student, teacher, batch=1, **run)  # libraries and caches are in place
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -280,7 +283,7 @@ def main(
     except UserError as error:
         raise typer.BadParameter(f"--recipe {recipe}: {error}") from error
     student, teacher = build(setting, kind, device)
-    run = {"batch": setting.batch, "steps": setting.steps, "device": device}
+    run = {"batch": setting.batch, "steps": setting.steps, "fuse_student": setting.fuse_student, "device": device}
     seconds: dict[bool, list[float]] = {False: [], True: []}
     stages: dict[bool, list[dict[str, float]]] = {False: [], True: []}
     for repeat in range(repeats + 1):

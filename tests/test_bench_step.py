@@ -30,7 +30,7 @@ def recipe(tiny_recipe):
 
 def test_the_setting_is_the_recipes_and_options_replace_it(bench, recipe, tiny_sd):
     setting = bench.setting_of(str(recipe), batch=None, steps=7)
-    assert setting == bench.Setting(str(tiny_sd), 2, 7, 2, ["to_q", "conv1"], True, 5, [2.0, 1.0])
+    assert setting == bench.Setting(str(tiny_sd), 2, 7, 2, ["to_q", "conv1"], True, False, 5, [2.0, 1.0])
     rewrite(recipe, '/dots"', '/dots"\nguidance_scale = 1.0')
     assert bench.setting_of(str(recipe)).teacher_guidance == [1.0, 1.0]
 
@@ -52,7 +52,7 @@ def test_teachers_are_fused_copies_where_the_recipe_fuses_them(bench, recipe, is
     layers = {name.split(".lora_")[0] for name, _ in student.pipeline.unet.named_parameters() if ".student." in name}
     assert {name.rsplit(".", 1)[-1] for name in layers} == {"to_q", "conv1"}
     assert any("lora" in name for name, _ in teacher.pipeline.unet.named_parameters()) is not is_fused
-    run = {"batch": 2, "steps": 2, "device": "cpu"}
+    run = {"batch": 2, "steps": 2, "fuse_student": is_fused, "device": "cpu"}
     one, two = (bench.one_step(student, teacher, two_pass=two_pass, **run)[2] for two_pass in (False, True))
     assert sum(float(g.abs().sum()) for g in one) > 0
     for a, b in zip(one, two, strict=True):
