@@ -113,6 +113,14 @@ def student_pipeline(run_dir: Path, step: int | None = None) -> Any:
 
     step: which checkpoint-N, the latest by default. Raises UserError where the run has none.
     """
+    pipeline = student_with_adapter(run_dir, step)
+    if RunFolder.open(run_dir).recipe().student.train == "lora":
+        fuse_adapter(pipeline)
+    return pipeline
+
+
+def student_with_adapter(run_dir: Path, step: int | None = None) -> Any:
+    """As `student_pipeline`, but a LoRA student's adapter is still beside the base's weights."""
     from diffopd.assemble import with_scheduler
 
     folder = RunFolder.open(run_dir)
@@ -123,7 +131,6 @@ def student_pipeline(run_dir: Path, step: int | None = None) -> Any:
     pipeline = with_scheduler(load_pipeline(recipe.student.pretrained_model_name_or_path), recipe)
     if recipe.student.train == "lora":
         load_lora(pipeline, str(checkpoint / LORA_FILE), "default")
-        fuse_adapter(pipeline)
     else:
         name = denoiser_name(pipeline)
         trained = type(denoiser_of(pipeline)).from_pretrained(checkpoint / name, use_safetensors=True)
