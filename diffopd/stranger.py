@@ -6,7 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ for form in asked["forms"]:
     pipeline.set_progress_bar_config(disable=True)
     torch.manual_seed(asked["seed"])  # for schedulers that draw without the generator
     generator = torch.Generator().manual_seed(asked["seed"])
-    pictures = pipeline(generator=generator, output_type="np", **asked["arguments"])[0]
+    pictures = pipeline(generator=generator, output_type="np", **form["arguments"])[0]
     numpy.save(form["pictures"], numpy.asarray(pictures))
 """
 
@@ -66,7 +66,7 @@ class Form:
     """How a stock client loads one exported form.
 
     folder: a pipeline; or the base that `lora` goes onto; or the configs of `file`. scheduler: what the client must
-    change of the folder's own, as in `student.scheduler`.
+    change of the folder's own, as in `student.scheduler`. arguments: of its call, beside those of all forms.
     """
 
     name: str
@@ -75,6 +75,7 @@ class Form:
     file: str | None = None
     scheduler: dict[str, Any] | None = None
     pipeline_class: str = ""
+    arguments: dict[str, Any] = field(default_factory=dict)
 
 
 def draw(pipeline: Any, arguments: dict[str, Any]) -> np.ndarray:
@@ -86,15 +87,15 @@ def draw(pipeline: Any, arguments: dict[str, Any]) -> np.ndarray:
 
 
 def ask(forms: list[Form], arguments: dict[str, Any], folder: Path) -> dict[str, np.ndarray]:
-    """Form -> what one other process draws with it and the same arguments; `folder` is made and removed.
+    """Form -> what one other process draws with it and `arguments`; `folder` is made and removed.
 
     Raises UserError where a form cannot be loaded or called there.
     """
     folder.mkdir(exist_ok=True)
     files = {form.name: folder.resolve() / f"{form.name}.npy" for form in forms}
+    own = [{"pictures": str(files[form.name]), "arguments": {**arguments, **form.arguments}} for form in forms]
     asked = {
-        "forms": [asdict(form) | {"pictures": str(files[form.name])} for form in forms],
-        "arguments": arguments,
+        "forms": [asdict(form) | more for form, more in zip(forms, own, strict=True)],
         "seed": SEED,
         "threads": torch.get_num_threads(),
     }
