@@ -76,8 +76,7 @@ def compare(pipeline: Any, arguments: dict[str, Any], forms: list[Form], folder:
     """Form -> largest difference of a pixel (in [0, 1]) between the student here and a stranger's reload.
 
     The call draws its own latents from a seed, so this holds for every family, whatever its latents look like.
-    Raises UserError above 0 for whole weights (the same arithmetic) and above 1e-3 for a LoRA (which is added to each
-    layer's output instead of being fused into its weights).
+    Raises UserError above what `forms.ALLOWED` has for a form.
     """
     wanted = draw(pipeline, arguments)
     differences = {}

@@ -6,8 +6,9 @@ FILE: a single-file checkpoint, or a LoRA in any layout, of one export. ComfyUI'
 the checkpoint, reads the LoRA's keys and patches the weights; what its network then predicts is compared with the UNet
 of the exported diffusers folder. A LoRA goes onto --base, the folder (or shelf name) that the student began from.
 CHECKOUT is a clone of ComfyUI; its packages (einops, torchsde, scipy, sentencepiece, ...) must be importable, in an
-environment of their own. ComfyUI knows Stable Diffusion by its full size; for another size its class is told the width,
-which is all that is told. Text encoder and VAE are not compared: ComfyUI has their sizes fixed.
+environment of their own. ComfyUI knows Stable Diffusion by its full size; for another size its class is told the width
+and the number of heads, which is all that is told, and the widths must be whole multiples of the first (those of the
+shipped base are not). Text encoder and VAE are not compared: ComfyUI has their sizes fixed.
 Exit code 1: a prediction differs by more than 1e-3 of its size, or a key of the file was not used; 2: cannot be run.
 """
 
@@ -46,11 +47,19 @@ def import_comfyui(checkout: Path) -> Any:
     return comfy
 
 
-def network(comfy: Any, tensors: dict[str, torch.Tensor], num_heads: int) -> Any:
-    """ComfyUI's model of a checkpoint's UNet, its weights loaded. Raises Unreadable for tensors it does not use."""
+def network(comfy: Any, tensors: dict[str, torch.Tensor], like: Any) -> Any:
+    """ComfyUI's model of a checkpoint's UNet, its weights loaded; `like`: the config of diffusers' UNet.
+
+    Raises Unreadable for a network that ComfyUI does not recognise and tensors that it does not use.
+    """
     found = comfy.model_detection.detect_unet_config(tensors, PREFIX)
-    if found is None:
-        raise Unreadable("ComfyUI does not recognise a network in the checkpoint.")
+    widths = [found["model_channels"] * times for times in found["channel_mult"]] if found else []
+    if widths != list(like.block_out_channels):
+        raise Unreadable(
+            f"ComfyUI recognises a UNet of widths {widths}, the exported one has {list(like.block_out_channels)}: it "
+            "knows whole multiples of the first width only."
+        )
+    num_heads = like.num_attention_heads or like.attention_head_dim
 
     class OfThisWidth(comfy.supported_models.SD15):
         unet_config = {key: found[key] for key in comfy.supported_models.SD15.unet_config}
@@ -95,8 +104,7 @@ def check_file(comfy: Any, file: Path, unet: torch.nn.Module, base: dict[str, to
     is_checkpoint = any(key.startswith(PREFIX) for key in tensors)
     if not is_checkpoint and base is None:
         raise Unreadable(f"{file}: is a LoRA. Give --base, the pipeline that it goes onto.")
-    heads = unet.config.num_attention_heads or unet.config.attention_head_dim
-    model = network(comfy, tensors if is_checkpoint else dict(base), heads)
+    model = network(comfy, tensors if is_checkpoint else dict(base), unet.config)
     unused = [] if is_checkpoint else patch(comfy, model, tensors)
     theirs, ours = predictions(model, unet)
     difference = float((theirs - ours).abs().max() / ours.abs().max())
@@ -125,11 +133,11 @@ def main(
 ) -> None:
     """Compare exported files with the exported folder, as ComfyUI reads them."""
     try:
-        comfy = import_comfyui(comfyui)
         from diffusers import UNet2DConditionModel
 
         unet = UNet2DConditionModel.from_pretrained(pipeline, subfolder="unet", local_files_only=True).eval()
         weights = base_weights(base) if base else None
+        comfy = import_comfyui(comfyui)  # after diffusers: a checkout may shadow packages that it probes for
         rows = [check_file(comfy, file, unet, weights) for file in files]
     except Unreadable as error:
         typer.echo(f"Error: {error}", err=True)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 ROOT = Path(__file__).parent.parent
@@ -20,16 +21,30 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """The shipped base with a shipped teacher's adapter, as a pipeline, as one file and as kohya's LoRA."""
+    """A random UNet of ComfyUI's proportions in the shipped base, with a random adapter: folder, one file, kohya's."""
+    return write_files(tmp_path_factory.mktemp("files"))
+
+
+def write_files(folder):
+    from diffusers import UNet2DConditionModel
+
+    from diffopd.adapters import add_adapter
     from diffopd.forms import adapter_layers, kohya_tensors
-    from diffopd.load import fuse_adapter, load_lora, load_pipeline
-    from diffopd.locate import shelf
+    from diffopd.load import fuse_adapter, load_pipeline
     from diffopd.single_file import write_single_file
 
-    folder = tmp_path_factory.mktemp("files")
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=12, block_out_channels=(64, 128), cross_attention_dim=128, attention_head_dim=8,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )  # fmt: skip
     pipeline = load_pipeline("emoji")
-    load_lora(pipeline, str(shelf("teachers") / "text"), "default")
-    save_file(kohya_tensors(adapter_layers(pipeline.unet)), folder / "kohya.safetensors")
+    pipeline.register_modules(unet=unet.eval())
+    pipeline.save_pretrained(folder / "base")
+    targets = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "proj_in", "conv1", "conv2", "time_emb_proj"]
+    for parameter in add_adapter(unet, "student", rank=4, lora_alpha=6, target_modules=targets).values():
+        parameter.data = 0.05 * torch.randn(parameter.shape)
+    save_file(kohya_tensors(adapter_layers(unet)), folder / "kohya.safetensors")
     fuse_adapter(pipeline)
     pipeline.unet.save_pretrained(folder / "pipeline" / "unet")
     write_single_file(pipeline, folder / "one.safetensors")
@@ -38,9 +53,9 @@ def files(tmp_path_factory):
 
 def check(folder, *names):
     command = [PYTHON, str(ROOT / "scripts" / "check_client.py"), *(str(folder / name) for name in names), "--json"]
-    command += ["--comfyui", COMFYUI, "--pipeline", str(folder / "pipeline"), "--base", "emoji"]
+    command += ["--comfyui", COMFYUI, "--pipeline", str(folder / "pipeline"), "--base", str(folder / "base")]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    return done.returncode, json.loads(done.stdout) if done.returncode < 2 else done.stderr
+    return done.returncode, json.loads(done.stdout) if done.stdout else done.stderr
 
 
 def test_comfyui_predicts_what_diffusers_does_from_the_one_file_and_from_the_lora(files):

@@ -11,7 +11,7 @@ from diffopd.adapters import STUDENT, add_adapter
 from diffopd.checkpoint import save_deployable
 from diffopd.drive import denoiser_of
 from diffopd.errors import UserError
-from diffopd.forms import adapter_layers, write_kohya
+from diffopd.forms import ALLOWED, adapter_layers, write_kohya
 from diffopd.load import LORA_FILE, fuse_adapter, load_lora
 from diffopd.stranger import Form, ask, draw
 
@@ -64,7 +64,7 @@ def test_every_form_of_a_family_draws_the_students_pictures_for_a_stranger(seen,
     assert {"lora", "diffusers"} <= set(pairs) if families.FAMILIES[name].targets else set(pairs) == {"diffusers"}
     for form, (ours, theirs) in pairs.items():
         assert ours.shape == theirs.shape and np.isfinite(ours).all()
-        assert np.abs(ours - theirs).max() <= (0.0 if form == "diffusers" else 1e-3), form
+        assert np.abs(ours - theirs).max() <= ALLOWED[form], form
 
 
 def test_families_whose_names_comfyui_does_not_read_have_no_form_for_it(seen):
