@@ -29,7 +29,6 @@ COMFYUI_READS = (  # transformers whose diffusers names ComfyUI knows in LoRA fi
     "ChromaTransformer2DModel",
     "SD3Transformer2DModel",
     "QwenImageTransformer2DModel",
-    "PixArtTransformer2DModel",
 )
 
 

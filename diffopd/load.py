@@ -54,6 +54,8 @@ def load_lora(pipeline: Any, source: TeacherCard | str, adapter_name: str) -> No
     if len(files) != 1:
         raise UserError(f"{path}: holds {len(files)} .safetensors files. Name the one of the LoRA.")
     denoiser = denoiser_of(pipeline)
+    if not hasattr(denoiser, "load_lora_adapter"):
+        raise UserError(f"{files[0]}: diffusers puts no LoRA on {type(denoiser).__name__}. Take a full checkpoint.")
     with _quiet():
         lora = read_lora(files[0], pipeline)
         try:

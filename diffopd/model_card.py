@@ -111,8 +111,8 @@ def _loading(exported: Exported, form: Form) -> list[str]:
         load = f'{kind.__name__}.from_single_file("{file}", config="{base}")'
         return [f"from diffusers import {kind.__name__}", f"pipeline = {load}"]
     weights = f'"{exported.where}", weight_name="{name}"' if on_hub else f'"{WHERE}/{name}"'
-    loader = "load_lora_weights" if hasattr(kind, "load_lora_weights") else "transformer.load_lora_adapter"
-    return [IMPORT, f'pipeline = DiffusionPipeline.from_pretrained("{base}")', f"pipeline.{loader}({weights})"]
+    load = f'pipeline = DiffusionPipeline.from_pretrained("{base}")'
+    return [IMPORT, load, f"pipeline.load_lora_weights({weights})"]
 
 
 def _scheduler_lines(form: Form) -> list[str]:

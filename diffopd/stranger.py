@@ -49,10 +49,8 @@ for form in asked["forms"]:
         override = dict(form["scheduler"])
         kind = getattr(diffusers, override.pop("class", type(pipeline.scheduler).__name__))
         pipeline.scheduler = kind.from_config(pipeline.scheduler.config, **override)
-    if form["lora"] and hasattr(pipeline, "load_lora_weights"):
+    if form["lora"]:
         pipeline.load_lora_weights(form["lora"])
-    elif form["lora"]:
-        pipeline.transformer.load_lora_adapter(form["lora"], prefix="transformer")
     pipeline.set_progress_bar_config(disable=True)
     torch.manual_seed(asked["seed"])  # for schedulers that draw without the generator
     generator = torch.Generator().manual_seed(asked["seed"])

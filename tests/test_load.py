@@ -128,6 +128,12 @@ def test_a_teacher_may_be_called_like_a_part_of_the_network(tiny_sd, tiny_teache
     assert all(torch.equal(a, b) for a, b in zip(found.values(), expected.values(), strict=True))
 
 
+def test_a_network_that_takes_no_adapters_is_named(tiny_pipeline, tiny_teacher):
+    tiny_pipeline.register_modules(unet=torch.nn.Linear(2, 2))
+    with pytest.raises(UserError, match="no LoRA on Linear"):
+        load_lora(tiny_pipeline, str(tiny_teacher), "dots")
+
+
 def test_pickled_weights_are_never_loaded(tiny_sd, tmp_path):
     folder = tmp_path / "pickled"
     shutil.copytree(tiny_sd, folder)
