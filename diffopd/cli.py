@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -72,6 +73,8 @@ def distill(
         _show_plan(parts)
         return
     count = int(os.environ.get("WORLD_SIZE", processes))
+    if _is_finished(read, parts.hashes, count):
+        return
     folder = _run_folder(read, parts.hashes, count)
     if count > 1 and "WORLD_SIZE" not in os.environ:
         from diffopd.launch import launch
@@ -104,16 +107,42 @@ def evaluate(
     _show_scores(scores)
 
 
+class Format(StrEnum):
+    """The forms of an export."""
+
+    diffusers = "diffusers"
+    lora = "lora"
+    kohya = "kohya"
+    single_file = "single-file"
+
+
 @app.command()
-def export(run: RunArgument) -> None:
-    """Write the student of a run as a stock diffusers folder and as LoRA, reloaded and compared."""
+def export(
+    run: RunArgument,
+    formats: Annotated[
+        list[Format] | None,
+        typer.Option("--format", help="May be given several times (default: diffusers, and lora for a LoRA student)."),
+    ] = None,
+    push_to_hub: Annotated[
+        str | None, typer.Option(metavar="OWNER/NAME", help="Upload the export to this repository.")
+    ] = None,
+) -> None:
+    """Write the student of a run for stock clients: each form is reloaded and compared before it counts."""
     from diffopd.run_folder import RunFolder
 
     path = RunFolder.open(run).path
     _quiet_libraries()
     from diffopd.export import export_run
+    from diffopd.hub import check_push, push
 
-    typer.echo(f"{export_run(path)}: a stock diffusers folder and, for a LoRA student, its LoRA; both were reloaded.")
+    if push_to_hub:
+        check_push(push_to_hub)
+    where = {"where": push_to_hub} if push_to_hub else {}
+    target = export_run(path, [str(name) for name in formats or []], tell=typer.echo, **where)
+    forms = ", ".join(json.loads((target / "checks.json").read_text(encoding="utf-8")))
+    typer.echo(f"{target}: {forms}; stock diffusers reloads each to the student's pictures. README.md says how.")
+    if push_to_hub:
+        typer.echo(f"Uploaded to {push(target, push_to_hub)}.")
 
 
 @app.command()
@@ -180,14 +209,33 @@ def _run_folder(recipe: Any, hashes: dict[str, str], processes: int) -> Any:
     return RunFolder.create(path, recipe, hashes, processes) if _is_main() else RunFolder(path)
 
 
+def _is_finished(recipe: Any, hashes: dict[str, str], processes: int) -> bool:
+    """Whether this very run was brought to its end before; says so then. Refuses another recipe's folder."""
+    from diffopd.run_folder import RunFolder
+
+    path = Path(recipe.output_dir)
+    if not RunFolder(path).is_finished(recipe):
+        return False
+    RunFolder.check(path, recipe, hashes, processes)
+    if _is_main():
+        typer.echo(
+            f"{path} is finished and nothing has changed: {path / 'report.html'} shows what was learnt; "
+            f"{path / 'export'} loads in stock diffusers. To go on, raise train.max_train_steps or "
+            "train.max_train_seconds; `diffopd evaluate`, `export` and `report` make their part again."
+        )
+    return True
+
+
 def _finish(run: Path) -> None:
     from diffopd.evaluate import evaluate_run
     from diffopd.export import export_run
     from diffopd.report import write_report
+    from diffopd.run_folder import RunFolder
 
     evaluate_run(run)
-    export_run(run)
+    export_run(run, tell=typer.echo)
     write_report(run)
+    RunFolder.open(run).finish()
     typer.echo(f"Done: {run / 'report.html'} shows what was learnt; {run / 'export'} loads in stock diffusers.")
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from diffopd.adapters import adapter_parameters
+from diffopd.dialects import read_lora
 from diffopd.drive import denoiser_name, denoiser_of, shell
 from diffopd.errors import UserError
 from diffopd.locate import find_pipeline
@@ -42,25 +43,34 @@ def load_pipeline(name: str, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def load_lora(pipeline: Any, source: TeacherCard | str, adapter_name: str) -> None:
-    """Put a LoRA on the pipeline's denoiser as a frozen adapter, by diffusers' own loader; alpha is honoured.
+    """Put a LoRA on the pipeline's denoiser as a frozen adapter; its layout may be any that `dialects` reads.
 
-    source: a teacher's card, or a .safetensors file or folder. Raises UserError when a tensor of the file is not
-    used or the file has none for the denoiser: diffusers only warns, and the result would be the base itself.
+    source: a teacher's card, or a .safetensors file or folder. Where alpha stands in the file's own tensors it is
+    multiplied into the second matrix, so the adapter then has lora_alpha = rank. Raises UserError when a tensor of
+    the file is not used or the file has none for the denoiser: the result would be the base itself.
     """
     path = source.weights_path() if isinstance(source, TeacherCard) else Path(source)
     files = weight_files(path)
     if len(files) != 1:
         raise UserError(f"{path}: holds {len(files)} .safetensors files. Name the one of the LoRA.")
-    with _quiet():
-        try:
-            pipeline.load_lora_weights(str(files[0].parent), weight_name=files[0].name, adapter_name=adapter_name)
-        except (ValueError, RuntimeError, KeyError) as error:
-            raise UserError(f"{files[0]}: does not fit the base as a LoRA: {_first_lines(error)}") from error
     denoiser = denoiser_of(pipeline)
+    if not hasattr(denoiser, "load_lora_adapter"):
+        raise UserError(f"{files[0]}: diffusers puts no LoRA on {type(denoiser).__name__}. Take a full checkpoint.")
+    with _quiet():
+        lora = read_lora(files[0], pipeline)
+        try:
+            denoiser.load_lora_adapter(lora.tensors(), prefix=None, adapter_name=adapter_name, metadata=lora.config)
+        except (ValueError, RuntimeError, KeyError, TypeError) as error:
+            raise UserError(f"{files[0]}: does not fit the base as a LoRA: {_first_lines(error)}") from error
     loaded = adapter_parameters(denoiser, adapter_name)
     for parameter in loaded.values():
+        parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, denoiser.dtype))
         parameter.requires_grad_(False)
-    _refuse_unused(files[0], len(loaded), denoiser_name(pipeline))
+    if len(loaded) != 2 * len(lora.layers):
+        raise UserError(
+            f"{files[0]}: {2 * len(lora.layers)} tensors in the file, {len(loaded)} used on the "
+            f"{denoiser_name(pipeline)}. Its config names other layers than its tensors; save it anew."
+        )
 
 
 def load_full_denoiser(base: Any, card: TeacherCard) -> nn.Module:
@@ -105,6 +115,14 @@ def student_pipeline(run_dir: Path, step: int | None = None) -> Any:
 
     step: which checkpoint-N, the latest by default. Raises UserError where the run has none.
     """
+    pipeline = student_with_adapter(run_dir, step)
+    if RunFolder.open(run_dir).recipe().student.train == "lora":
+        fuse_adapter(pipeline)
+    return pipeline
+
+
+def student_with_adapter(run_dir: Path, step: int | None = None) -> Any:
+    """As `student_pipeline`, but a LoRA student's adapter is still beside the base's weights."""
     from diffopd.assemble import with_scheduler
 
     folder = RunFolder.open(run_dir)
@@ -115,7 +133,6 @@ def student_pipeline(run_dir: Path, step: int | None = None) -> Any:
     pipeline = with_scheduler(load_pipeline(recipe.student.pretrained_model_name_or_path), recipe)
     if recipe.student.train == "lora":
         load_lora(pipeline, str(checkpoint / LORA_FILE), "default")
-        fuse_adapter(pipeline)
     else:
         name = denoiser_name(pipeline)
         trained = type(denoiser_of(pipeline)).from_pretrained(checkpoint / name, use_safetensors=True)
@@ -125,24 +142,11 @@ def student_pipeline(run_dir: Path, step: int | None = None) -> Any:
 
 def fuse_adapter(pipeline: Any) -> None:
     """The pipeline's adapter goes into its denoiser's weights."""
-    pipeline.fuse_lora()
-    pipeline.unload_lora_weights()
-    for parameter in denoiser_of(pipeline).parameters():  # as a reload has them: strides choose the kernels
+    denoiser = denoiser_of(pipeline)
+    denoiser.fuse_lora()
+    denoiser.unload_lora()
+    for parameter in denoiser.parameters():  # as a reload has them: strides choose the kernels
         parameter.data = parameter.data.contiguous().clone()
-
-
-def _refuse_unused(file: Path, loaded: int, component: str) -> None:
-    from safetensors import safe_open
-
-    with safe_open(file, "pt") as opened:
-        keys = [key for key in opened.keys() if not key.endswith(".alpha")]
-    if len(keys) == loaded:
-        return
-    shown = ", ".join(keys[:2])
-    raise UserError(
-        f"{file}: {len(keys)} tensors in the file, {loaded} used on the {component}. Its keys begin with {shown}. "
-        f"Save it with the pipeline's save_lora_weights ({component} layers only), or in a layout diffusers converts."
-    )
 
 
 def _first_lines(error: Exception) -> str:

@@ -116,6 +116,21 @@ class RunFolder:
         stored, text = self._stored(), (self.path / "recipe.toml").read_text(encoding="utf-8")
         return from_resolved(stored["recipe"], Source(Path(stored["source"]), text, {}))
 
+    def finish(self) -> None:
+        """Note that the run, as its recipe and checkpoint stand now, is trained, evaluated, exported and reported."""
+        self.write("finished.json", json.dumps(self._standing(self._stored()["recipe"]), indent=1))
+
+    def is_finished(self, recipe: Recipe) -> bool:
+        """Whether this very recipe was finished here (`finish`) and what it made is still there."""
+        file, made = self.path / "finished.json", ("export", "evaluation/scores.json", "report.html")
+        if not file.is_file() or not all((self.path / name).exists() for name in made):
+            return False
+        return json.loads(file.read_text(encoding="utf-8")) == self._standing(recipe.resolved())
+
+    def _standing(self, resolved: dict[str, Any]) -> dict[str, Any]:
+        checkpoint = self.latest_checkpoint()
+        return {"checkpoint": checkpoint.name if checkpoint else None, "recipe": resolved}
+
     def hashes(self) -> dict[str, str]:
         """file -> sha256 of all that the run began with: weights, configs, prompts, rewards."""
         return self._stored()["hashes"]

@@ -56,24 +56,35 @@ def test_lora_alpha_of_the_file_is_honoured_and_the_adapter_is_frozen(tiny_sd, t
     assert not any(p.requires_grad for p in adapter_parameters(pipeline.unet, "dots").values())
 
 
-def test_a_file_without_the_denoisers_prefix_is_refused_instead_of_doing_nothing(tiny_sd, copied):
+def test_a_file_without_the_denoisers_prefix_is_the_same_adapter_instead_of_doing_nothing(tiny_sd, copied):
     folder, file = copied
+    whole, bare = load_pipeline(str(tiny_sd)), load_pipeline(str(tiny_sd))
+    load_lora(whole, teacher_card(str(folder), folder), "dots")
     rewrite(file, lambda tensors: {key.removeprefix("unet."): value for key, value in tensors.items()})
-    with pytest.raises(UserError, match="used on the unet|does not fit"):
-        load_lora(load_pipeline(str(tiny_sd)), teacher_card(str(folder), folder), "dots")
+    load_lora(bare, teacher_card(str(folder), folder), "dots")
+    assert torch.equal(latents_of(bare), latents_of(whole))
 
 
 def test_an_unused_tensor_is_refused(tiny_sd, copied):
     folder, file = copied
     rewrite(file, lambda tensors: tensors | {"unet.nowhere.to_q.lora_A.weight": torch.zeros(2, 2)})
-    with pytest.raises(UserError, match="used on the unet|does not fit"):
+    with pytest.raises(UserError, match="1 of its 17 layers|no part of a LoRA layer"):
         load_lora(load_pipeline(str(tiny_sd)), teacher_card(str(folder), folder), "dots")
 
 
 def test_a_lora_of_another_width_is_refused(tiny_sd, copied):
     folder, file = copied
-    rewrite(file, lambda tensors: {key: torch.cat([value, value]) for key, value in tensors.items()})
+
+    def wider(tensors):
+        return {
+            key: torch.cat([value, value], dim=int(key.endswith("lora_A.weight"))) for key, value in tensors.items()
+        }
+
+    rewrite(file, wider)
     with pytest.raises(UserError, match="does not fit the base"):
+        load_lora(load_pipeline(str(tiny_sd)), teacher_card(str(folder), folder), "dots")
+    rewrite(file, lambda tensors: {key: torch.cat([value, value]) for key, value in tensors.items()})
+    with pytest.raises(UserError, match="the two matrices of"):
         load_lora(load_pipeline(str(tiny_sd)), teacher_card(str(folder), folder), "dots")
 
 
@@ -115,6 +126,12 @@ def test_a_teacher_may_be_called_like_a_part_of_the_network(tiny_sd, tiny_teache
     found, expected = adapter_parameters(pipeline.unet, name), adapter_parameters(plain.unet, "dots")
     assert list(found) == [key.replace(".dots.", f".{name}.") for key in expected]
     assert all(torch.equal(a, b) for a, b in zip(found.values(), expected.values(), strict=True))
+
+
+def test_a_network_that_takes_no_adapters_is_named(tiny_pipeline, tiny_teacher):
+    tiny_pipeline.register_modules(unet=torch.nn.Linear(2, 2))
+    with pytest.raises(UserError, match="no LoRA on Linear"):
+        load_lora(tiny_pipeline, str(tiny_teacher), "dots")
 
 
 def test_pickled_weights_are_never_loaded(tiny_sd, tmp_path):

@@ -131,7 +131,7 @@ def test_scores_of_a_card_stand_in_for_exactly_its_weights(finished, tiny_sd, ti
 def test_an_export_is_reloaded_by_a_stranger_to_the_students_pictures(exported):
     target = exported
     checks = json.loads((target / "checks.json").read_text())
-    assert checks["pipeline"] == 0 and checks["lora"] < 1e-3
+    assert checks["diffusers"] == 0 and checks["lora"] < 1e-3
     assert (target / "pipeline" / "tokenizer" / "merges.txt").is_file()
     import diffusers
 
@@ -159,45 +159,6 @@ def test_the_models_card_says_how_to_use_it_whom_it_learned_from_and_how(exporte
     assert "walked with the solver" not in card
 
 
-def test_the_models_card_says_that_a_named_solver_is_not_what_it_is_deployed_with(finished, tiny_teachers):
-    from diffopd import export as exporting
-
-    folder = RunFolder.open(finished)
-    recipe = folder.recipe()
-    other = recipe.model_copy(update={"student": recipe.student.model_copy(update={"solver": "lcm"})})
-    other._source = recipe._source
-    cards = [evaluation.teacher_card(str(path), path) for path in tiny_teachers]
-    assert "the student walked with the solver `lcm`. Stock" in exporting.model_card(other, cards, folder, {})
-
-
-def test_the_models_cards_lines_of_code_run(exported, monkeypatch, tmp_path):
-    target = exported
-    code = (target / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    monkeypatch.chdir(tmp_path)
-    exec(code.replace("PATH/TO/export/pipeline", str(target / "pipeline")), {})
-    assert (tmp_path / "picture.png").is_file()
-
-
-@pytest.mark.parametrize("form", ["pipeline", "lora"])
-def test_a_stranger_that_draws_something_else_stops_the_export(finished, exported, monkeypatch, form):
-    from diffopd import export as exporting
-
-    before = {path: path.stat().st_mtime_ns for path in exported.rglob("*")}
-    recipe = RunFolder.open(finished).recipe()
-    call = loop.Call(student_pipeline(finished), {"num_inference_steps": 2, "guidance_scale": 1.0, "output_type": "np"})
-
-    def draw(folder, forms, latents, arguments):
-        drawn = call.prompted(arguments["prompt"], latents=torch.from_numpy(latents))
-        images = drawn.pipeline(**drawn.arguments).images
-        return {name: images + 0.01 * (name == form) for name in forms}
-
-    assert recipe.student.train == "lora"
-    monkeypatch.setattr(exporting, "_ask_stranger", draw)
-    with pytest.raises(UserError, match=f"The exported {form} draws other pictures"):
-        export_run(finished)
-    assert {path: path.stat().st_mtime_ns for path in exported.rglob("*")} == before
-
-
 def test_the_commands_say_what_they_made(finished):
     evaluated = CliRunner().invoke(app, ["evaluate", str(finished)])
     assert evaluated.exit_code == 0, evaluated.output
@@ -210,27 +171,12 @@ def test_the_commands_say_what_they_made(finished):
     assert reported.exit_code == 0 and "report.html" in reported.output
 
 
-def test_the_stranger_cannot_import_us():
-    import subprocess
-    import sys
-
-    from diffopd.export import STRANGER
-
-    head = STRANGER.split("import numpy, torch")[0]
-    done = subprocess.run([sys.executable, "-I", "-c", head + "\nprint('alone')"], capture_output=True, text=True)
-    assert done.stdout.strip() == "alone", done.stderr
-    without = head.replace("sys.meta_path.insert(0, Refuse())", "sys.path.insert(0, sys.argv[1])")
-    root = str(loop.__file__).rsplit("/diffopd/", 1)[0]
-    done = subprocess.run([sys.executable, "-I", "-c", without, root], capture_output=True, text=True)
-    assert "diffopd could be imported" in done.stderr
-
-
 def test_a_full_student_is_exported_too_and_a_scheduler_override_travels_with_it(tmp_path, tiny_sd, tiny_teachers):
     recipe = tiny.write_recipe(tmp_path / "r.toml", tiny_sd, tiny_teachers[:1])
     scheduler = 'student.scheduler={class="DPMSolverMultistepScheduler", rescale_betas_zero_snr=false}'
     path = train(recipe, "student.train=full", "train.learning_rate=1e-4", "train.max_train_steps=1", scheduler)
     target = export_run(path)
-    assert json.loads((target / "checks.json").read_text()) == {"pipeline": 0.0}
+    assert json.loads((target / "checks.json").read_text()) == {"diffusers": 0.0}
     assert not (target / "lora").exists()
     assert "DPMSolverMultistepScheduler" in (target / "pipeline" / "model_index.json").read_text()
 
@@ -257,7 +203,7 @@ def test_a_guided_student_with_negative_prompt_and_noisy_scheduler_goes_the_whol
     assert {row["model"] for row in scores_of(path)} == {"base", "teacher:dots", "student"}
     target = export_run(path)
     checks = json.loads((target / "checks.json").read_text())
-    assert checks["pipeline"] == 0 and checks["lora"] < 1e-3
+    assert checks["diffusers"] == 0 and checks["lora"] < 1e-3
     card = (target / "README.md").read_text()
     assert "| negative prompt | ugly |" in card and "negative_prompt = 'dull'" in card
 

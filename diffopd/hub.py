@@ -1,0 +1,60 @@
+"""An export on the hub: what travels, and the words to say before."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from diffopd.errors import UserError
+from diffopd.locate import parse_hub_id
+
+LEFT_OUT = ("checks.json",)
+
+
+def check_push(repo: str) -> None:
+    """Raise UserError, before anything is made, where a push to `repo` cannot succeed: no id, no token, offline."""
+    from huggingface_hub import get_token
+    from huggingface_hub.constants import is_offline_mode
+
+    hub = parse_hub_id(repo)
+    if hub is None or hub.subfolder or hub.revision:
+        raise UserError(f"--push-to-hub {repo}: is not a repository id. Give owner/name.")
+    if is_offline_mode():
+        raise UserError("--push-to-hub: HF_HUB_OFFLINE is set. Unset it; nothing was uploaded.")
+    if not get_token():
+        raise UserError(
+            "--push-to-hub: there is no Hugging Face token. Log in with `hf auth login`, or set HF_TOKEN to a token "
+            "that may write. Nothing was uploaded."
+        )
+
+
+def push(export_dir: Path, repo: str) -> str:
+    """Upload an export as one commit and return its address; the repository is made where there is none.
+
+    The pipeline folder becomes the top of the repository, so that `from_pretrained("owner/name")` loads it; the other
+    forms keep their folders. Raises UserError where the hub refuses.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    operations = [CommitOperationAdd(place, str(file)) for place, file in uploads(export_dir).items()]
+    api = HfApi()
+    try:
+        api.create_repo(repo, exist_ok=True)
+        api.create_commit(repo, operations, commit_message=f"Export of {export_dir.parent.name}")
+    except (HfHubHTTPError, OSError) as error:
+        raise UserError(
+            f"--push-to-hub {repo}: the hub refused ({type(error).__name__}: {str(error).splitlines()[0]}). The export "
+            f"is complete in {export_dir}; check the name and that your token may write to it."
+        ) from error
+    return f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co')}/{repo}"
+
+
+def uploads(export_dir: Path) -> dict[str, Path]:
+    """Place in the repository -> file of an export."""
+    found = {}
+    for file in sorted(path for path in export_dir.rglob("*") if path.is_file()):
+        place = file.relative_to(export_dir).as_posix()
+        if place not in LEFT_OUT:
+            found[place.removeprefix("pipeline/")] = file
+    return found

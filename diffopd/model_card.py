@@ -1,0 +1,250 @@
+"""README.md of an export: what it is, how to use it, whom it learned from, under which licences, what it scores."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from diffopd import __version__
+from diffopd.assemble import student_arguments
+from diffopd.data import read_prompts
+from diffopd.errors import UserError
+from diffopd.locate import find_pipeline, is_path, parse_hub_id
+from diffopd.recipe import Recipe
+from diffopd.run_folder import RunFolder
+from diffopd.stranger import Form
+from diffopd.teacher import TeacherCard
+
+UNKNOWN = "not stated"
+WHERE = "PATH/TO/export"
+IMPORT = "from diffusers import DiffusionPipeline"
+TITLES = {
+    "diffusers": "As a pipeline:",
+    "lora": "As a LoRA on the base:",
+    "kohya": "As a LoRA for ComfyUI and other readers of kohya's files, here read by diffusers:",
+    "single-file": "As one checkpoint file:",
+}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What a card speaks of. grid: timesteps and sigmas of the call; where: the export's place as its code names it."""
+
+    recipe: Recipe
+    cards: list[TeacherCard]
+    folder: RunFolder
+    pipeline_class: type
+    forms: list[Form] = field(default_factory=list)
+    checks: dict[str, float] = field(default_factory=dict)
+    grid: dict[str, list[float]] = field(default_factory=dict)
+    where: str = WHERE
+    is_video: bool = False
+
+
+def model_card(exported: Exported) -> str:
+    """The card as Markdown with the hub's front matter; each block of code runs as it stands, paths replaced."""
+    recipe, cards = exported.recipe, exported.cards
+    student, steps = recipe.student, recipe.student.num_inference_steps
+    named = [licence for _, licence in licenses(recipe, cards) if licence != UNKNOWN]
+    each = {name.lower(): name for name in named}  # Apache-2.0 is apache-2.0
+    is_one = len(each) == 1 and len(named) == len(cards) + 1
+    metadata = [
+        "---",
+        "library_name: diffusers",
+        f"base_model: {base_name(recipe)}",
+        f"license: {next(iter(each)) if is_one else 'other'}",
+        f"tags: [{'text-to-video' if exported.is_video else 'text-to-image'}, distillation, few-step]",
+        "---",
+    ]
+    body = [
+        f"# {recipe.name}",
+        "",
+        f"A {steps}-step student of {len(cards)} teacher{'s' * (len(cards) > 1)}, distilled on its own trajectory with "
+        f"diffopd {__version__}. It is made for {steps} steps at guidance_scale {student.guidance_scale:g}"
+        f"{_default_guidance(exported)}.",
+        "",
+        *(line for form in exported.forms for line in usage(exported, form)),
+        "| teacher | form | guidance | weights (sha256) | license |",
+        "|---|---|---|---|---|",
+        *_teachers(recipe, cards),
+        "",
+        *_training(exported),
+        "",
+        f"Base: `{base_name(recipe)}`, license {base_license(recipe)}. Licenses inherited from base and teachers: "
+        f"{', '.join(sorted(each.values(), key=str.lower)) or UNKNOWN}.",
+        "",
+        *_scores(exported.folder),
+        "",
+        "Reloaded by stock diffusers in a process without diffopd; largest pixel difference to the student (of 1): "
+        + ", ".join(f"{name} {value:.1g}" for name, value in exported.checks.items())
+        + ".",
+    ]
+    return "\n".join([*metadata, "", *body]) + "\n"
+
+
+def usage(exported: Exported, form: Form) -> list[str]:
+    """How to load one form and draw with it, as the lines of a block of code."""
+    call = f'pipeline("{_example_prompt(exported.cards)}", {_told(exported.recipe)})'
+    lines = [*_loading(exported, form), *_scheduler_lines(form)]
+    if exported.is_video:
+        lines.insert(1, "from diffusers.utils import export_to_video")
+        lines.append(f'export_to_video({call}.frames[0], "film.mp4")')
+    else:
+        lines.append(f'{call}.images[0].save("picture.png")')
+    return [TITLES[form.name], "", "```python", *lines, "```", ""]
+
+
+def _loading(exported: Exported, form: Form) -> list[str]:
+    """The lines that load a form: from a local export, or from the hub once it lies there."""
+    recipe, kind = exported.recipe, exported.pipeline_class
+    on_hub = exported.where != WHERE
+    name = f"{form.name}/{Path(form.lora or form.file or '').name}"
+    if form.name == "diffusers":
+        folder = exported.where if on_hub else f"{WHERE}/pipeline"
+        return [IMPORT, f'pipeline = DiffusionPipeline.from_pretrained("{folder}")']
+    base = base_name(recipe) if has_hub_base(recipe) else f"PATH/TO/{base_name(recipe)}"
+    if form.file:
+        file = f"https://huggingface.co/{exported.where}/blob/main/{name}" if on_hub else f"{WHERE}/{name}"
+        load = f'{kind.__name__}.from_single_file("{file}", config="{base}")'
+        return [f"from diffusers import {kind.__name__}", f"pipeline = {load}"]
+    weights = f'"{exported.where}", weight_name="{name}"' if on_hub else f'"{WHERE}/{name}"'
+    load = f'pipeline = DiffusionPipeline.from_pretrained("{base}")'
+    return [IMPORT, load, f"pipeline.load_lora_weights({weights})"]
+
+
+def _scheduler_lines(form: Form) -> list[str]:
+    """The recipe's scheduler is not in a LoRA or in one file: the client sets it."""
+    override = dict(form.scheduler or {})
+    if not override:
+        return []
+    kind = override.pop("class", None)
+    lines = [f"from diffusers import {kind}"] if kind else []
+    options = "".join(f", {key}={value!r}" for key, value in override.items())
+    made = kind or "type(pipeline.scheduler)"
+    return [*lines, f"pipeline.scheduler = {made}.from_config(pipeline.scheduler.config{options})"]
+
+
+def _told(recipe: Recipe) -> str:
+    told = {key: value for key, value in student_arguments(recipe).items() if key != "output_type"}
+    return ", ".join(f"{key}={value!r}" for key, value in told.items())
+
+
+def _default_guidance(exported: Exported) -> str:
+    """A warning where the pipeline's own defaults would guide a student otherwise than it was trained."""
+    told, parameters = (
+        student_arguments(exported.recipe),
+        inspect.signature(exported.pipeline_class.__call__).parameters,
+    )
+    other = []
+    for name in ("guidance_scale", "true_cfg_scale"):
+        default = parameters[name].default if name in parameters else None
+        if isinstance(default, (int, float)) and name in told and default != told[name]:
+            other.append(f"{name} {default:g}")
+    if not other:
+        return ""
+    return (
+        "; guidance is an argument of the call and cannot be stored with the weights, and the default of "
+        f"{exported.pipeline_class.__name__} ({', '.join(other)}) would draw worse"
+    )
+
+
+def has_hub_base(recipe: Recipe) -> bool:
+    """Whether the base is a hub id."""
+    name = recipe.student.pretrained_model_name_or_path
+    return is_path(name) and not Path(name).exists() and parse_hub_id(name) is not None
+
+
+def base_name(recipe: Recipe) -> str:
+    """The base as a card names it: its hub id, or its folder's name."""
+    name = recipe.student.pretrained_model_name_or_path
+    return name.partition("@")[0] if has_hub_base(recipe) else Path(name).name
+
+
+def licenses(recipe: Recipe, cards: list[TeacherCard]) -> list[tuple[str, str]]:
+    """(who, licence) of the base and of every teacher: what an export inherits."""
+    teachers = [(f"teacher {card.name}", card.license) for card in cards]
+    return [(f"base {base_name(recipe)}", base_license(recipe)), *teachers]
+
+
+def base_license(recipe: Recipe) -> str:
+    """The licence in the front matter of the base's own card, 'not stated' without one."""
+    try:
+        readme = find_pipeline(recipe.student.pretrained_model_name_or_path) / "README.md"
+        lines = readme.read_text(encoding="utf-8").splitlines()[:40]
+    except (UserError, FileNotFoundError):
+        return UNKNOWN
+    stated = dict(line.split(":", 1) for line in lines if line.startswith(("license:", "license_name:")))
+    name = stated.get("license_name") or stated.get("license") or UNKNOWN
+    return name.strip().strip("\"'") or UNKNOWN
+
+
+def _teachers(recipe: Recipe, cards: list[TeacherCard]) -> list[str]:
+    """A row per teacher, as the recipe has it: its guidance may override the card's."""
+    rows = []
+    for settings, card in zip(recipe.teachers, cards, strict=True):
+        guidance = card.guidance_scale if settings.guidance_scale is None else settings.guidance_scale
+        told = "".join(f", {key} = {value!r}" for key, value in settings.call.items())
+        digest = f"`{card.digest()}`" if card.weights else "none of its own"
+        rows.append(f"| {card.name} | {card.form} | {guidance:g}{told} | {digest} | {card.license} |")
+    return rows
+
+
+def _training(exported: Exported) -> list[str]:
+    """How the student was made, a row per setting that matters."""
+    recipe, folder = exported.recipe, exported.folder
+    student, objective, train = recipe.student, recipe.objective, recipe.train
+    progress = json.loads((folder.latest_checkpoint() / "state" / "progress.json").read_text())
+    lora = f"LoRA, rank {student.rank}, alpha {student.lora_alpha}" + (
+        f", starting as `{Path(student.init_weights).name}`" if student.init_weights else ""
+    )
+    rows = {
+        "trained": lora if student.train == "lora" else "all weights of the denoiser",
+        "objective": f"{objective.name}, query {objective.query}, {objective.states} states",
+        "teacher substeps": f"{objective.substeps} ({objective.substep_solver}) between two states of the student",
+        "tasks per update": train.tasks_per_update,
+        "updates": f"{progress['update']} ({progress['images']} pictures)",
+        "batch": f"{train.batch_size} x {train.gradient_accumulation_steps} pictures a task and process",
+        "learning rate": f"{train.learning_rate:g}, {train.lr_scheduler}, {train.lr_warmup_steps} updates of warm-up",
+        "weight average": f"decay {train.ema_decay:g}" if train.ema_decay else "none",
+        "precision": "bf16 autocast" if train.mixed_precision == "bf16" else "float32",
+        "seed": recipe.seed,
+        "negative prompt": student.negative_prompt or "none",
+        **{name: ", ".join(f"{value:.4g}" for value in values) for name, values in exported.grid.items()},
+    }
+    lines = ["| training | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())]
+    if student.solver == "native":
+        return lines
+    level = f" at noise_level {student.noise_level:g}" if student.noise_level else ""
+    return [
+        *lines,
+        "",
+        f"In training the student walked with the solver `{student.solver}`{level}. Stock diffusers does not know it: "
+        "the scores here and this folder use the scheduler's own step on the same grid.",
+    ]
+
+
+def _example_prompt(cards: list[TeacherCard]) -> str:
+    return read_prompts(cards[0].prompts.test)[0].prompt.replace('"', "'")
+
+
+def _scores(folder: RunFolder) -> list[str]:
+    file = folder.path / "evaluation" / "scores.json"
+    if not file.is_file():
+        return ["Not evaluated yet."]
+    rows = [row for row in json.loads(file.read_text())["rows"] if row["model"] == "student"]
+    lines = ["| task | score | 95 % interval | prompts | seeds |", "|---|---|---|---|---|"]
+    for row in rows:
+        low, high = row["interval"]
+        counts = f"{row['num_prompts']} | {len(row['seeds'])}"
+        lines.append(f"| {row['task']} | {row['score']:.3f} | {low:.3f} to {high:.3f} | {counts} |")
+    return lines
+
+
+def grid_of(scheduler: Any) -> dict[str, list[float]]:
+    """Timesteps and, where it has them, sigmas that a scheduler stood at in its latest call."""
+    found = {"grid (timesteps)": [float(t) for t in scheduler.timesteps]}
+    sigmas = getattr(scheduler, "sigmas", None)
+    return found | ({"grid (sigmas)": [float(s) for s in sigmas]} if sigmas is not None else {})
