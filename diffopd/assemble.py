@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,20 +22,34 @@ from diffopd.adapters import (
 )
 from diffopd.data import PromptRow, read_prompts
 from diffopd.drive import Call, denoiser_name, denoiser_of, shell
+from diffopd.embeddings import PromptEmbeddings, cache_folder
 from diffopd.errors import UserError
 from diffopd.load import load_full_denoiser, load_fused_denoiser, load_lora, load_pipeline
+from diffopd.locate import find_pipeline
+from diffopd.memory import Released
+from diffopd.processes import Processes
 from diffopd.recipe import Recipe, TeacherSettings
 from diffopd.teacher import TeacherCard, lora_file, teacher_card
+
+ALONE = Processes()
 
 
 @dataclass
 class Student:
-    """The trained side: its call (without prompts), its trainable parameters and its pipeline."""
+    """The trained side: its call (without prompts), its trainable parameters and its pipeline.
+
+    released: the text encoders and the VAE of all sides, where they were let go for the time of training.
+    """
 
     call: Call
     pipeline: Any
     parameters: dict[str, nn.Parameter]
     is_lora: bool
+    released: Released | None = None
+
+    def decoding(self) -> AbstractContextManager:
+        """While open, latents can be decoded."""
+        return self.released.vae_back() if self.released else nullcontext()
 
 
 @dataclass
@@ -55,8 +69,10 @@ class Teacher:
     follow: tuple[Average, dict[str, nn.Parameter]] | None = None
 
 
-def assemble(recipe: Recipe, device: str) -> tuple[Student, list[Teacher]]:
+def assemble(recipe: Recipe, device: str, processes: Processes = ALONE) -> tuple[Student, list[Teacher]]:
     """Load the base once, put the student and all teachers on it.
+
+    processes: they share the work where prompts are encoded in advance.
 
     Raises UserError for weights that are missing, do not fit the base, or leave keys unused.
     """
@@ -90,7 +106,29 @@ def assemble(recipe: Recipe, device: str) -> tuple[Student, list[Teacher]]:
     for parameter in parameters.values():  # peft freezes every adapter but the last one added
         parameter.requires_grad_(True)
     call = Call(student_pipeline, student_arguments(recipe))
-    return Student(call, student_pipeline, parameters, is_lora), teachers
+    student = Student(call, student_pipeline, parameters, is_lora)
+    if recipe.train.text_encoders != "resident":
+        _cache_prompts(recipe, base, student, teachers, processes)
+    return student, teachers
+
+
+def _cache_prompts(recipe: Recipe, base: Any, student: Student, teachers: list[Teacher], processes: Processes) -> None:
+    """Embeddings come from the cache; with "released" all of them are stored now, and the encoders let go."""
+    cache = PromptEmbeddings(base, cache_folder())
+    pipelines = [student.pipeline, *(teacher.call.pipeline for teacher in teachers)]
+    for pipeline in pipelines:
+        cache.attach(pipeline)
+    if recipe.train.text_encoders == "cached":
+        return
+    for teacher in teachers:
+        prompts = list(dict.fromkeys(row.prompt for row in (*teacher.train_rows, *teacher.test_rows)))
+        for index in processes.rows(len(prompts)):
+            for call in (student.call, teacher.call):
+                cache.fill(call, prompts[index : index + 1])
+    processes.wait()
+    cache.close()
+    folder = find_pipeline(recipe.student.pretrained_model_name_or_path)
+    student.released = Released([base, *pipelines], folder, keep_vae=recipe.objective.states == "data")
 
 
 def own_denoisers(base: Any, cards: list[TeacherCard], *, fuse: bool) -> dict[str, nn.Module]:

@@ -66,7 +66,7 @@ def distill(recipe: Recipe, folder: RunFolder) -> bool:
     """
     processes = join_processes()
     device = default_device()
-    student, teachers = assemble(recipe, device)
+    student, teachers = assemble(recipe, device, processes)
     run = Run(recipe, student, teachers, _survey(student, teachers), processes, device)
     trained = _trained(run)
     latest = folder.latest_checkpoint() if recipe.train.resume_from_checkpoint == "latest" else None
@@ -84,7 +84,7 @@ def distill(recipe: Recipe, folder: RunFolder) -> bool:
         reason = _updates(run, trained, folder, log)
         log.stop(reason)
         if processes.is_main and reason != INTERRUPTED:
-            with averaged(trained):
+            with averaged(trained), student.decoding():
                 save_trajectory(run, folder)
     processes.wait()
     return reason != INTERRUPTED

@@ -169,6 +169,7 @@ class TrainSettings(Settings):
     ema_decay: Fraction = 0.0
     mixed_precision: Literal["no", "bf16"] = "no"
     gradient_checkpointing: bool = False
+    text_encoders: Literal["resident", "cached", "released"] = "resident"
     fuse_teachers: bool = False
     fuse_student: bool = False
     attention_backend: Literal["default", "xformers"] = "default"
