@@ -27,6 +27,7 @@ from diffopd.errors import UserError
 from diffopd.load import load_full_denoiser, load_fused_denoiser, load_lora, load_pipeline
 from diffopd.locate import find_pipeline
 from diffopd.memory import Released
+from diffopd.precision import answer_in_float32, component_dtypes
 from diffopd.processes import Processes
 from diffopd.recipe import Recipe, TeacherSettings
 from diffopd.teacher import TeacherCard, lora_file, teacher_card
@@ -76,14 +77,15 @@ def assemble(recipe: Recipe, device: str, processes: Processes = ALONE) -> tuple
 
     Raises UserError for weights that are missing, do not fit the base, or leave keys unused.
     """
-    base = load_pipeline(recipe.student.pretrained_model_name_or_path)
+    name = recipe.student.pretrained_model_name_or_path
+    base = load_pipeline(name, component_dtypes(recipe.train.frozen_dtype))
     base = with_scheduler(base, recipe).to(device)
     freeze(base)
     is_lora = recipe.student.train == "lora"
     trunk = denoiser_of(base)
     student_pipeline = shell(base)
     if not is_lora:  # the student's trunk will move; adapters of teachers need one that stays
-        student_pipeline = with_denoiser(base, copy.deepcopy(trunk))
+        student_pipeline = with_denoiser(base, copy.deepcopy(trunk).float())
     cards = [teacher_card(settings.name, recipe.path) for settings in recipe.teachers]
     own = own_denoisers(base, cards, fuse=recipe.train.fuse_teachers)
     for card in cards:
@@ -105,11 +107,20 @@ def assemble(recipe: Recipe, device: str, processes: Processes = ALONE) -> tuple
         switch.select(STUDENT)
     for parameter in parameters.values():  # peft freezes every adapter but the last one added
         parameter.requires_grad_(True)
+    if recipe.train.frozen_dtype != "float32":
+        for denoiser in _distinct(student_pipeline, teachers):
+            answer_in_float32(denoiser, denoiser.dtype)
     call = Call(student_pipeline, student_arguments(recipe))
     student = Student(call, student_pipeline, parameters, is_lora)
     if recipe.train.text_encoders != "resident":
         _cache_prompts(recipe, base, student, teachers, processes)
     return student, teachers
+
+
+def _distinct(student_pipeline: Any, teachers: list[Teacher]) -> list[nn.Module]:
+    """Every denoiser of the run once."""
+    held = map(denoiser_of, (student_pipeline, *(teacher.call.pipeline for teacher in teachers)))
+    return list({id(denoiser): denoiser for denoiser in held}.values())
 
 
 def _cache_prompts(recipe: Recipe, base: Any, student: Student, teachers: list[Teacher], processes: Processes) -> None:

@@ -24,8 +24,10 @@ if TYPE_CHECKING:
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
-def load_pipeline(name: str, dtype: torch.dtype = torch.float32) -> Any:
+def load_pipeline(name: str, dtype: torch.dtype | dict[str, torch.dtype] = torch.float32) -> Any:
     """A stock pipeline by shelf name, folder or hub id, from safetensors, progress bar off.
+
+    dtype: one for all components, or by component name with a "default".
 
     Raises UserError where it cannot be found or has pickled weights only.
     """

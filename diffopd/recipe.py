@@ -168,6 +168,7 @@ class TrainSettings(Settings):
     lr_warmup_steps: CountOrZero = 0
     ema_decay: Fraction = 0.0
     mixed_precision: Literal["no", "bf16"] = "no"
+    frozen_dtype: Literal["float32", "bf16"] = "float32"
     gradient_checkpointing: bool = False
     text_encoders: Literal["resident", "cached", "released"] = "resident"
     fuse_teachers: bool = False
