@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -26,7 +27,7 @@ from diffopd.embeddings import PromptEmbeddings, cache_folder
 from diffopd.errors import UserError
 from diffopd.load import load_full_denoiser, load_fused_denoiser, load_lora, load_pipeline
 from diffopd.locate import find_pipeline
-from diffopd.memory import Released
+from diffopd.memory import Offload, Released
 from diffopd.precision import answer_in_float32, component_dtypes
 from diffopd.processes import Processes
 from diffopd.recipe import Recipe, TeacherSettings
@@ -87,7 +88,7 @@ def assemble(recipe: Recipe, device: str, processes: Processes = ALONE) -> tuple
     if not is_lora:  # the student's trunk will move; adapters of teachers need one that stays
         student_pipeline = with_denoiser(base, copy.deepcopy(trunk).float())
     cards = [teacher_card(settings.name, recipe.path) for settings in recipe.teachers]
-    own = own_denoisers(base, cards, fuse=recipe.train.fuse_teachers)
+    own = own_denoisers(base, cards, recipe)
     for card in cards:
         if card.form == "lora" and card.name not in own:
             load_lora(base, card, adapter_name=card.name)
@@ -142,16 +143,30 @@ def _cache_prompts(recipe: Recipe, base: Any, student: Student, teachers: list[T
     student.released = Released([base, *pipelines], folder, keep_vae=recipe.objective.states == "data")
 
 
-def own_denoisers(base: Any, cards: list[TeacherCard], *, fuse: bool) -> dict[str, nn.Module]:
-    """Teacher -> a frozen denoiser of its own: full checkpoints and, with `fuse`, LoRA teachers fused into a copy.
+@dataclass(frozen=True)
+class OwnDenoiser:
+    """A frozen denoiser of one teacher, and what brings it to the device where it lives elsewhere."""
+
+    module: nn.Module
+    present: Callable[[], AbstractContextManager]
+
+
+def own_denoisers(base: Any, cards: list[TeacherCard], recipe: Recipe) -> dict[str, OwnDenoiser]:
+    """Teacher -> a frozen denoiser of its own: full checkpoints, and LoRA teachers that the recipe wants fused.
 
     Call it before the base carries any adapter. Raises UserError for weights that do not fit.
     """
-    own = {}
+    own, train = {}, recipe.train
+    offload = Offload(base.device) if train.offload_teachers else None
     for card in cards:
-        if card.form == "full" or (fuse and card.form == "lora"):
-            denoiser = load_full_denoiser(base, card) if card.form == "full" else load_fused_denoiser(base, card)
-            own[card.name] = denoiser.requires_grad_(False).eval().to(base.device)
+        if card.form == "full" or (train.fuse_teachers and card.form == "lora"):
+            module = load_full_denoiser(base, card) if card.form == "full" else load_fused_denoiser(base, card)
+            module.requires_grad_(False).eval()
+            if offload is None:
+                module.to(base.device)
+            else:
+                offload.add(module)
+            own[card.name] = OwnDenoiser(module, partial(offload.using, module) if offload else nullcontext)
     return own
 
 
@@ -225,12 +240,12 @@ def _teacher(
     recipe: Recipe,
     settings: TeacherSettings,
     card: TeacherCard,
-    own: nn.Module | None,
+    own: OwnDenoiser | None,
     base: Any,
     student_pipeline: Any,
     parameters: dict[str, nn.Parameter],
 ) -> Teacher:
-    pipeline, follow = shell(base) if own is None else with_denoiser(base, own), None
+    pipeline, follow = shell(base) if own is None else with_denoiser(base, own.module), None
     if card.form == "ema":
         pipeline, follow = _self_teacher(recipe, settings, base, student_pipeline, parameters)
     guidance = settings.guidance_scale if settings.guidance_scale is not None else card.guidance_scale
@@ -258,8 +273,10 @@ def _self_teacher(
 
 
 def _binding(
-    teacher: Teacher, switch: AdapterSwitch, own: dict[str, nn.Module], is_lora: bool
-) -> partial[AbstractContextManager]:
+    teacher: Teacher, switch: AdapterSwitch, own: dict[str, OwnDenoiser], is_lora: bool
+) -> Callable[[], AbstractContextManager]:
     """What holds while this teacher's networks run. A denoiser of its own needs no adapter of the trunk."""
+    if teacher.name in own:
+        return own[teacher.name].present
     adapters = {"lora": teacher.card.name, "ema": SELF_TEACHER if is_lora else None}
-    return partial(switch.bound, None if teacher.name in own else adapters.get(teacher.card.form))
+    return partial(switch.bound, adapters.get(teacher.card.form))

@@ -173,6 +173,7 @@ class TrainSettings(Settings):
     text_encoders: Literal["resident", "cached", "released"] = "resident"
     fuse_teachers: bool = False
     fuse_student: bool = False
+    offload_teachers: bool = False
     attention_backend: Literal["default", "xformers"] = "default"
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = []
     mode: Literal["streaming", "two_pass"] = "streaming"
