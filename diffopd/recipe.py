@@ -243,6 +243,11 @@ class Recipe(Settings):
     def _an_adapter_to_fuse(self) -> Recipe:
         if self.train.fuse_student and self.student.train == "full":
             raise ValueError('train.fuse_student folds an adapter and student.train = "full" has none. Remove it.')
+        if self.train.fuse_student and self.train.frozen_dtype != "float32":
+            raise ValueError(
+                "train.fuse_student adds the adapter to the frozen weights, and their frozen_dtype = "
+                f'"{self.train.frozen_dtype}" would round it away. Turn one of the two off.'
+            )
         return self
 
     @model_validator(mode="after")
