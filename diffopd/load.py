@@ -66,11 +66,15 @@ def load_lora(pipeline: Any, source: TeacherCard | str, adapter_name: str) -> No
 
 
 def load_full_denoiser(base: Any, card: TeacherCard) -> nn.Module:
-    """A teacher's own denoiser, of the base's class and dtype; weights without a config.json have the base's shape.
+    """A teacher's own denoiser, as `load_denoiser`."""
+    return load_denoiser(base, card.weights_path())
+
+
+def load_denoiser(base: Any, path: Path) -> nn.Module:
+    """A denoiser of the base's class and dtype; weights without a config.json have the base's shape.
 
     The base must carry no adapter yet. Raises UserError where the weights do not fit.
     """
-    path = card.weights_path()
     kind = type(denoiser_of(base))
     try:
         if not (path / "config.json").is_file():
