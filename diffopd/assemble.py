@@ -21,10 +21,10 @@ from diffopd.adapters import (
     add_adapter,
     freeze,
 )
+from diffopd.attention import use_attention_backend
 from diffopd.data import PromptRow, read_prompts
 from diffopd.drive import Call, denoiser_name, denoiser_of, shell
 from diffopd.embeddings import PromptEmbeddings, cache_folder
-from diffopd.errors import UserError
 from diffopd.load import load_full_denoiser, load_fused_denoiser, load_lora, load_pipeline
 from diffopd.locate import find_pipeline
 from diffopd.memory import Offload, Released
@@ -93,8 +93,6 @@ def assemble(recipe: Recipe, device: str, processes: Processes = ALONE) -> tuple
         if card.form == "lora" and card.name not in own:
             load_lora(base, card, adapter_name=card.name)
     parameters = _trainable(recipe, student_pipeline)
-    if recipe.train.attention_backend == "xformers":
-        use_xformers(denoiser_of(student_pipeline))
     if recipe.train.gradient_checkpointing:
         denoiser_of(student_pipeline).enable_gradient_checkpointing()
     teachers = [
@@ -108,8 +106,9 @@ def assemble(recipe: Recipe, device: str, processes: Processes = ALONE) -> tuple
         switch.select(STUDENT)
     for parameter in parameters.values():  # peft freezes every adapter but the last one added
         parameter.requires_grad_(True)
-    if recipe.train.frozen_dtype != "float32":
-        for denoiser in _distinct(student_pipeline, teachers):
+    for denoiser in _distinct(student_pipeline, teachers):
+        use_attention_backend(denoiser, recipe.train.attention_backend)
+        if recipe.train.frozen_dtype != "float32":
             answer_in_float32(denoiser, denoiser.dtype)
     call = Call(student_pipeline, student_arguments(recipe))
     student = Student(call, student_pipeline, parameters, is_lora)
@@ -193,23 +192,6 @@ def with_scheduler(pipeline: Any, recipe: Recipe) -> Any:
         kind = getattr(diffusers, override.pop("class", type(pipeline.scheduler).__name__))
         pipeline.scheduler = kind.from_config(pipeline.scheduler.config, **override)
     return pipeline
-
-
-def use_xformers(denoiser: nn.Module) -> None:
-    """xformers' attention on a denoiser, and the proof that its layers really use it.
-
-    Raises UserError where it is not installed, does not run here, or was accepted without effect.
-    """
-    try:
-        denoiser.enable_xformers_memory_efficient_attention()
-    except (ImportError, ValueError, NotImplementedError) as error:
-        raise UserError(
-            f'train.attention_backend = "xformers" cannot be used here: {error} Install diffopd[xformers] on a machine '
-            'with a GPU, or set train.attention_backend = "default".'
-        ) from error
-    names = {type(processor).__name__ for processor in denoiser.attn_processors.values()}
-    if not all("XFormers" in name for name in names):
-        raise UserError(f"xformers was asked for, but the attention layers use {', '.join(sorted(names))}.")
 
 
 def with_denoiser(pipeline: Any, denoiser: nn.Module) -> Any:

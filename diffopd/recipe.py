@@ -34,6 +34,28 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
 OBJECTIVE_NAMES = Literal["mean", "kl", "released_sde", "velocity", "denoised", "noise"]
 SOLVER_NAMES = Literal["native", "euler", "flow_sde", "dance_sde", "ddim", "dpmpp_1", "dpmpp_2m", "lcm"]
 SUBSTEP_SOLVER_NAMES = Literal["auto", "euler", "ddim", "dpmpp_1", "dpmpp_2m"]
+# diffusers' names, but for those that compute no gradients (Sage; Flex, which has some only under torch.compile).
+ATTENTION_BACKENDS = Literal[
+    "default",
+    "native",
+    "_native_cudnn",
+    "_native_efficient",
+    "_native_flash",
+    "_native_math",
+    "_native_npu",
+    "_native_xla",
+    "flash",
+    "flash_hub",
+    "flash_varlen",
+    "flash_varlen_hub",
+    "flash_4_hub",
+    "_flash_3",
+    "_flash_varlen_3",
+    "_flash_3_hub",
+    "_flash_3_varlen_hub",
+    "aiter_fa2_hub",
+    "xformers",
+]
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 # Arguments of a pipeline call that diffopd itself decides, and where a user sets them instead.
 OWN_ARGUMENTS = {
@@ -174,12 +196,21 @@ class TrainSettings(Settings):
     fuse_teachers: bool = False
     fuse_student: bool = False
     offload_teachers: bool = False
-    attention_backend: Literal["default", "xformers"] = "default"
+    attention_backend: ATTENTION_BACKENDS = "default"
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = []
     mode: Literal["streaming", "two_pass"] = "streaming"
     validate_every: CountOrZero = 0
     patience: CountOrZero = 0
     resume_from_checkpoint: Literal["latest", "none"] = "latest"
+
+    @field_validator("attention_backend", mode="before")
+    @classmethod
+    def _has_a_backward(cls, value: Any) -> Any:
+        if isinstance(value, str) and value.lstrip("_").startswith(("sage", "flex")):
+            raise ValueError(
+                f'"{value}" computes no gradients here, so nothing could be trained. Take "flash" or "native".'
+            )
+        return value
 
     @field_validator("tasks_per_update", mode="before")
     @classmethod
