@@ -22,6 +22,7 @@ from diffopd.adapters import (
     freeze,
 )
 from diffopd.attention import use_attention_backend
+from diffopd.blueprint import read_blueprint
 from diffopd.data import PromptRow, read_prompts
 from diffopd.drive import Call, denoiser_name, denoiser_of, shell
 from diffopd.embeddings import PromptEmbeddings, cache_folder
@@ -30,6 +31,7 @@ from diffopd.locate import find_pipeline
 from diffopd.memory import Offload, Released
 from diffopd.precision import answer_in_float32, component_dtypes
 from diffopd.processes import Processes
+from diffopd.quantize import quantization_config
 from diffopd.recipe import Recipe, TeacherSettings
 from diffopd.teacher import TeacherCard, lora_file, teacher_card
 
@@ -79,7 +81,8 @@ def assemble(recipe: Recipe, device: str, processes: Processes = ALONE) -> tuple
     Raises UserError for weights that are missing, do not fit the base, or leave keys unused.
     """
     name = recipe.student.pretrained_model_name_or_path
-    base = load_pipeline(name, component_dtypes(recipe.train.frozen_dtype))
+    quantization = quantization_config(recipe, read_blueprint(name).denoiser)
+    base = load_pipeline(name, component_dtypes(recipe.train.frozen_dtype), quantization)
     base = with_scheduler(base, recipe).to(device)
     freeze(base)
     is_lora = recipe.student.train == "lora"
@@ -108,7 +111,7 @@ def assemble(recipe: Recipe, device: str, processes: Processes = ALONE) -> tuple
         parameter.requires_grad_(True)
     for denoiser in _distinct(student_pipeline, teachers):
         use_attention_backend(denoiser, recipe.train.attention_backend)
-        if recipe.train.frozen_dtype != "float32":
+        if recipe.train.frozen_dtype != "float32" or recipe.student.quantization != "none":
             answer_in_float32(denoiser, denoiser.dtype)
     call = Call(student_pipeline, student_arguments(recipe))
     student = Student(call, student_pipeline, parameters, is_lora)

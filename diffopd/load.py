@@ -24,10 +24,12 @@ if TYPE_CHECKING:
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
-def load_pipeline(name: str, dtype: torch.dtype | dict[str, torch.dtype] = torch.float32) -> Any:
+def load_pipeline(
+    name: str, dtype: torch.dtype | dict[str, torch.dtype] = torch.float32, quantization: Any = None
+) -> Any:
     """A stock pipeline by shelf name, folder or hub id, from safetensors, progress bar off.
 
-    dtype: one for all components, or by component name with a "default".
+    dtype: one for all components, or by component name with a "default". quantization: a config of diffusers.
 
     Raises UserError where it cannot be found or has pickled weights only.
     """
@@ -36,9 +38,14 @@ def load_pipeline(name: str, dtype: torch.dtype | dict[str, torch.dtype] = torch
     folder = find_pipeline(name)
     with _quiet():
         try:
-            pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+            options = {"quantization_config": quantization} if quantization else {}
+            pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True, **options)
         except OSError as error:
             raise UserError(f"{folder}: cannot be loaded as a diffusers pipeline: {error}") from error
+        except (ImportError, RuntimeError, ValueError) as error:
+            if quantization is None:
+                raise
+            raise UserError(f"{folder}: cannot be quantized here: {_first_lines(error)}") from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

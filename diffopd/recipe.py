@@ -56,6 +56,8 @@ ATTENTION_BACKENDS = Literal[
     "aiter_fa2_hub",
     "xformers",
 ]
+QUANTIZATIONS = ("none", "bnb-4bit", "bnb-8bit", "torchao-int8")
+QUANTIZATION_KEYS = ("quant_backend", "quant_kwargs", "components_to_quantize")
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 # Arguments of a pipeline call that diffopd itself decides, and where a user sets them instead.
 OWN_ARGUMENTS = {
@@ -88,6 +90,7 @@ class StudentSettings(Called):
     """Who is trained and how it walks at deployment."""
 
     pretrained_model_name_or_path: str
+    quantization: str | dict[str, Value] = "none"
     train: Literal["lora", "full"] = "lora"
     rank: Count = 32
     lora_alpha: Count = 64
@@ -99,6 +102,18 @@ class StudentSettings(Called):
     solver: SOLVER_NAMES = "native"
     noise_level: PositiveOrZero = 0.0
     scheduler: dict[str, Value] = {}
+
+    @field_validator("quantization", mode="before")
+    @classmethod
+    def _known_quantization(cls, value: Any) -> Any:
+        if value in QUANTIZATIONS or (isinstance(value, dict) and "quant_backend" in value):
+            unknown = [key for key in value if key not in QUANTIZATION_KEYS] if isinstance(value, dict) else []
+            if not unknown:
+                return value
+        raise ValueError(
+            f"{value!r} is not allowed. Give one of {', '.join(QUANTIZATIONS)}, or a table for diffusers' "
+            f"PipelineQuantizationConfig: {', '.join(QUANTIZATION_KEYS)}."
+        )
 
     @field_validator("target_modules", mode="before")
     @classmethod
@@ -279,6 +294,20 @@ class Recipe(Settings):
                 "train.fuse_student adds the adapter to the frozen weights, and their frozen_dtype = "
                 f'"{self.train.frozen_dtype}" would round it away. Turn one of the two off.'
             )
+        return self
+
+    @model_validator(mode="after")
+    def _quantized_is_frozen(self) -> Recipe:
+        if self.student.quantization == "none":
+            return self
+        asks = {
+            'student.train = "full" trains': self.student.train == "full",
+            "train.fuse_student adds the adapter to": self.train.fuse_student,
+            "train.fuse_teachers adds adapters to": self.train.fuse_teachers,
+        }
+        for what, is_asked in asks.items():
+            if is_asked:
+                raise ValueError(f"{what} weights that student.quantization rounds. Turn one of the two off.")
         return self
 
     @model_validator(mode="after")
