@@ -84,3 +84,39 @@ def test_a_run_with_offloaded_teachers_is_trained_and_evaluated(full_recipe):
     from diffopd.evaluate import evaluate_run
 
     assert evaluate_run(folder.path, everything=True).is_file()
+
+
+@pytest.mark.parametrize("settings", [[], ["train.frozen_dtype=bf16"]], ids=["float32", "bf16"])
+def test_full_fine_tuning_with_checkpointing_and_an_ema_teacher(tiny_sd, tiny_teachers, tmp_path, settings):
+    """The same gradients as without checkpointing, blocks computed again in backward, an average that follows."""
+    me = tiny.write_teacher(tmp_path / "shelf" / "me", tiny_sd, form="ema", guidance_scale=3.0)
+    path = tiny.write_recipe(tmp_path / "r.toml", tiny_sd, [me, tiny_teachers[0]])
+    shared = ['student.train="full"', "teachers.0.ema_decay=0.5", "train.max_grad_norm=1e9", *settings]
+    forwards, gradients = {}, {}
+    for is_checkpointed in (False, True):
+        run, trained = prepared(recipe_with(path, *shared, f"train.gradient_checkpointing={is_checkpointed}".lower()))
+        average, written = run.teachers[0].follow
+        start = {name: p.detach().clone() for name, p in trained.parameters.items()}
+        calls = []
+        run.student.pipeline.unet.mid_block.resnets[1].register_forward_pre_hook(lambda *_, c=calls: c.append(1))
+        loop.one_update(run, trained, Watch())
+        forwards[is_checkpointed] = len(calls)
+        gradients[is_checkpointed] = {name: p.grad.clone() for name, p in trained.parameters.items()}
+        assert len(trained.parameters) == len(list(run.student.pipeline.unet.parameters()))
+        name = max(start, key=lambda n: float((trained.parameters[n].detach() - start[n]).abs().max()))
+        expected = 0.5 * start[name] + 0.5 * trained.parameters[name].detach()
+        torch.testing.assert_close(average.values[name], expected)
+        torch.testing.assert_close(written[name], expected)
+        assert not torch.equal(written[name], start[name]) and not written[name].requires_grad
+        assert written[name] is not trained.parameters[name]
+    assert forwards[True] == 2 * forwards[False]
+    assert_same_gradients(gradients[False], gradients[True])
+
+
+def test_a_full_student_with_everything_that_saves_memory_comes_to_its_end(full_recipe, tmp_path, monkeypatch):
+    monkeypatch.setenv("DIFFOPD_CACHE", str(tmp_path / "cache"))
+    settings = ["train.gradient_checkpointing=true", "train.frozen_dtype=bf16", "train.text_encoders=released"]
+    recipe = recipe_with(full_recipe, 'student.train="full"', "train.offload_teachers=true", *settings)
+    folder = run_to_end(recipe)
+    assert (folder.path / "checkpoint-2" / "unet" / "config.json").is_file()
+    assert (folder.path / "samples" / "trajectory.json").is_file()
