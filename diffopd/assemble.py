@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from contextlib import AbstractContextManager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,22 +21,39 @@ from diffopd.adapters import (
     add_adapter,
     freeze,
 )
+from diffopd.attention import use_attention_backend
+from diffopd.blueprint import read_blueprint
 from diffopd.data import PromptRow, read_prompts
 from diffopd.drive import Call, denoiser_name, denoiser_of, shell
-from diffopd.errors import UserError
+from diffopd.embeddings import PromptEmbeddings, cache_folder
 from diffopd.load import load_full_denoiser, load_fused_denoiser, load_lora, load_pipeline
+from diffopd.locate import find_pipeline
+from diffopd.memory import Offload, Released
+from diffopd.precision import answer_in_float32, component_dtypes
+from diffopd.processes import Processes
+from diffopd.quantize import quantization_config
 from diffopd.recipe import Recipe, TeacherSettings
 from diffopd.teacher import TeacherCard, lora_file, teacher_card
+
+ALONE = Processes()
 
 
 @dataclass
 class Student:
-    """The trained side: its call (without prompts), its trainable parameters and its pipeline."""
+    """The trained side: its call (without prompts), its trainable parameters and its pipeline.
+
+    released: the text encoders and the VAE of all sides, where they were let go for the time of training.
+    """
 
     call: Call
     pipeline: Any
     parameters: dict[str, nn.Parameter]
     is_lora: bool
+    released: Released | None = None
+
+    def decoding(self) -> AbstractContextManager:
+        """While open, latents can be decoded."""
+        return self.released.vae_back() if self.released else nullcontext()
 
 
 @dataclass
@@ -55,27 +73,29 @@ class Teacher:
     follow: tuple[Average, dict[str, nn.Parameter]] | None = None
 
 
-def assemble(recipe: Recipe, device: str) -> tuple[Student, list[Teacher]]:
+def assemble(recipe: Recipe, device: str, processes: Processes = ALONE) -> tuple[Student, list[Teacher]]:
     """Load the base once, put the student and all teachers on it.
+
+    processes: they share the work where prompts are encoded in advance.
 
     Raises UserError for weights that are missing, do not fit the base, or leave keys unused.
     """
-    base = load_pipeline(recipe.student.pretrained_model_name_or_path)
+    name = recipe.student.pretrained_model_name_or_path
+    quantization = quantization_config(recipe, read_blueprint(name).denoiser)
+    base = load_pipeline(name, component_dtypes(recipe.train.frozen_dtype), quantization)
     base = with_scheduler(base, recipe).to(device)
     freeze(base)
     is_lora = recipe.student.train == "lora"
     trunk = denoiser_of(base)
     student_pipeline = shell(base)
     if not is_lora:  # the student's trunk will move; adapters of teachers need one that stays
-        student_pipeline = with_denoiser(base, copy.deepcopy(trunk))
+        student_pipeline = with_denoiser(base, copy.deepcopy(trunk).float())
     cards = [teacher_card(settings.name, recipe.path) for settings in recipe.teachers]
-    own = own_denoisers(base, cards, fuse=recipe.train.fuse_teachers)
+    own = own_denoisers(base, cards, recipe)
     for card in cards:
         if card.form == "lora" and card.name not in own:
             load_lora(base, card, adapter_name=card.name)
     parameters = _trainable(recipe, student_pipeline)
-    if recipe.train.attention_backend == "xformers":
-        use_xformers(denoiser_of(student_pipeline))
     if recipe.train.gradient_checkpointing:
         denoiser_of(student_pipeline).enable_gradient_checkpointing()
     teachers = [
@@ -89,20 +109,66 @@ def assemble(recipe: Recipe, device: str) -> tuple[Student, list[Teacher]]:
         switch.select(STUDENT)
     for parameter in parameters.values():  # peft freezes every adapter but the last one added
         parameter.requires_grad_(True)
+    for denoiser in _distinct(student_pipeline, teachers):
+        use_attention_backend(denoiser, recipe.train.attention_backend)
+        if recipe.train.frozen_dtype != "float32" or recipe.student.quantization != "none":
+            answer_in_float32(denoiser, denoiser.dtype)
     call = Call(student_pipeline, student_arguments(recipe))
-    return Student(call, student_pipeline, parameters, is_lora), teachers
+    student = Student(call, student_pipeline, parameters, is_lora)
+    if recipe.train.text_encoders != "resident":
+        _cache_prompts(recipe, base, student, teachers, processes)
+    return student, teachers
 
 
-def own_denoisers(base: Any, cards: list[TeacherCard], *, fuse: bool) -> dict[str, nn.Module]:
-    """Teacher -> a frozen denoiser of its own: full checkpoints and, with `fuse`, LoRA teachers fused into a copy.
+def _distinct(student_pipeline: Any, teachers: list[Teacher]) -> list[nn.Module]:
+    """Every denoiser of the run once."""
+    held = map(denoiser_of, (student_pipeline, *(teacher.call.pipeline for teacher in teachers)))
+    return list({id(denoiser): denoiser for denoiser in held}.values())
+
+
+def _cache_prompts(recipe: Recipe, base: Any, student: Student, teachers: list[Teacher], processes: Processes) -> None:
+    """Embeddings come from the cache; with "released" all of them are stored now, and the encoders let go."""
+    cache = PromptEmbeddings(base, cache_folder())
+    pipelines = [student.pipeline, *(teacher.call.pipeline for teacher in teachers)]
+    for pipeline in pipelines:
+        cache.attach(pipeline)
+    if recipe.train.text_encoders == "cached":
+        return
+    for teacher in teachers:
+        prompts = list(dict.fromkeys(row.prompt for row in (*teacher.train_rows, *teacher.test_rows)))
+        for index in processes.rows(len(prompts)):
+            for call in (student.call, teacher.call):
+                cache.fill(call, prompts[index : index + 1])
+    processes.wait()
+    cache.close()
+    folder = find_pipeline(recipe.student.pretrained_model_name_or_path)
+    student.released = Released([base, *pipelines], folder, keep_vae=recipe.objective.states == "data")
+
+
+@dataclass(frozen=True)
+class OwnDenoiser:
+    """A frozen denoiser of one teacher, and what brings it to the device where it lives elsewhere."""
+
+    module: nn.Module
+    present: Callable[[], AbstractContextManager]
+
+
+def own_denoisers(base: Any, cards: list[TeacherCard], recipe: Recipe) -> dict[str, OwnDenoiser]:
+    """Teacher -> a frozen denoiser of its own: full checkpoints, and LoRA teachers that the recipe wants fused.
 
     Call it before the base carries any adapter. Raises UserError for weights that do not fit.
     """
-    own = {}
+    own, train = {}, recipe.train
+    offload = Offload(base.device) if train.offload_teachers else None
     for card in cards:
-        if card.form == "full" or (fuse and card.form == "lora"):
-            denoiser = load_full_denoiser(base, card) if card.form == "full" else load_fused_denoiser(base, card)
-            own[card.name] = denoiser.requires_grad_(False).eval().to(base.device)
+        if card.form == "full" or (train.fuse_teachers and card.form == "lora"):
+            module = load_full_denoiser(base, card) if card.form == "full" else load_fused_denoiser(base, card)
+            module.requires_grad_(False).eval()
+            if offload is None:
+                module.to(base.device)
+            else:
+                offload.add(module)
+            own[card.name] = OwnDenoiser(module, partial(offload.using, module) if offload else nullcontext)
     return own
 
 
@@ -129,23 +195,6 @@ def with_scheduler(pipeline: Any, recipe: Recipe) -> Any:
         kind = getattr(diffusers, override.pop("class", type(pipeline.scheduler).__name__))
         pipeline.scheduler = kind.from_config(pipeline.scheduler.config, **override)
     return pipeline
-
-
-def use_xformers(denoiser: nn.Module) -> None:
-    """xformers' attention on a denoiser, and the proof that its layers really use it.
-
-    Raises UserError where it is not installed, does not run here, or was accepted without effect.
-    """
-    try:
-        denoiser.enable_xformers_memory_efficient_attention()
-    except (ImportError, ValueError, NotImplementedError) as error:
-        raise UserError(
-            f'train.attention_backend = "xformers" cannot be used here: {error} Install diffopd[xformers] on a machine '
-            'with a GPU, or set train.attention_backend = "default".'
-        ) from error
-    names = {type(processor).__name__ for processor in denoiser.attn_processors.values()}
-    if not all("XFormers" in name for name in names):
-        raise UserError(f"xformers was asked for, but the attention layers use {', '.join(sorted(names))}.")
 
 
 def with_denoiser(pipeline: Any, denoiser: nn.Module) -> Any:
@@ -176,12 +225,12 @@ def _teacher(
     recipe: Recipe,
     settings: TeacherSettings,
     card: TeacherCard,
-    own: nn.Module | None,
+    own: OwnDenoiser | None,
     base: Any,
     student_pipeline: Any,
     parameters: dict[str, nn.Parameter],
 ) -> Teacher:
-    pipeline, follow = shell(base) if own is None else with_denoiser(base, own), None
+    pipeline, follow = shell(base) if own is None else with_denoiser(base, own.module), None
     if card.form == "ema":
         pipeline, follow = _self_teacher(recipe, settings, base, student_pipeline, parameters)
     guidance = settings.guidance_scale if settings.guidance_scale is not None else card.guidance_scale
@@ -209,8 +258,10 @@ def _self_teacher(
 
 
 def _binding(
-    teacher: Teacher, switch: AdapterSwitch, own: dict[str, nn.Module], is_lora: bool
-) -> partial[AbstractContextManager]:
+    teacher: Teacher, switch: AdapterSwitch, own: dict[str, OwnDenoiser], is_lora: bool
+) -> Callable[[], AbstractContextManager]:
     """What holds while this teacher's networks run. A denoiser of its own needs no adapter of the trunk."""
+    if teacher.name in own:
+        return own[teacher.name].present
     adapters = {"lora": teacher.card.name, "ema": SELF_TEACHER if is_lora else None}
-    return partial(switch.bound, None if teacher.name in own else adapters.get(teacher.card.form))
+    return partial(switch.bound, adapters.get(teacher.card.form))

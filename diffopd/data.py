@@ -1,4 +1,8 @@
-"""Prompt files: .txt with one prompt a line, or .jsonl with one object a line ("prompt" and any metadata)."""
+"""Prompt files: .txt with one prompt a line, or .jsonl with one object a line ("prompt" and any metadata).
+
+A dataset folder with one file per split does as well: train.txt, train.jsonl or train_metadata.jsonl, and the same for
+test (the folders of flow_grpo).
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,8 @@ from typing import Any
 
 from diffopd.errors import UserError
 
+SPLIT_FILES = ("{}_metadata.jsonl", "{}.jsonl", "{}.txt")
+
 
 @dataclass(frozen=True)
 class PromptRow:
@@ -19,23 +25,39 @@ class PromptRow:
     metadata: dict[str, Any] = field(default_factory=dict)
 
 
-def read_prompts(path: Path | str) -> list[PromptRow]:
-    """The rows of a prompt file, in order; row i is line i + 1.
+def prompt_file(path: Path | str, split: str) -> Path:
+    """The prompt file that `path` names: itself, or the one of `split` ("train" or "test") in a dataset folder.
 
-    Raises UserError naming file and line: no such file, another suffix, no prompts, an empty line, a line
-    that is
-    not a JSON object, a missing or empty "prompt".
+    Raises UserError for a folder that has no file of the split, or several.
     """
     path = Path(path)
+    if not path.is_dir():
+        return path
+    names = [form.format(split) for form in SPLIT_FILES]
+    found = [name for name in names if (path / name).is_file()]
+    if len(found) == 1:
+        return path / found[0]
+    if found:
+        raise UserError(f"{path}: has several files of the {split} split ({', '.join(found)}). Name one of them.")
+    raise UserError(f"{path}: has no prompts of the {split} split. Put {' or '.join(names)} there.")
+
+
+def read_prompts(path: Path | str, split: str = "train") -> list[PromptRow]:
+    """The rows of a prompt file, or of the file of `split` in a dataset folder, in order; row i is line i + 1.
+
+    Raises UserError naming file and line: no such file, another suffix, no prompts, an empty line, a line that is
+    not a JSON object, a missing or empty "prompt".
+    """
+    path = prompt_file(path, split)
     if path.suffix not in (".txt", ".jsonl"):
         raise UserError(f"{path}: prompt files end in .txt (one prompt a line) or .jsonl; rename or convert it.")
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")  # prompts may hold U+2028 or U+0085
     except OSError as error:
         raise UserError(f"{path}: prompts cannot be read ({error.strerror}). Name an existing file.") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: is not UTF-8 text (byte {error.start}). Save the file as UTF-8.") from error
-    if not lines:
+    if lines == [""]:
         raise UserError(f"{path}: has no prompts. Write at least one line.")
     read = _text_row if path.suffix == ".txt" else _json_row
     return [_located(read(line, f"{path}:{number}"), path) for number, line in enumerate(lines, start=1)]

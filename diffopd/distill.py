@@ -18,6 +18,7 @@ from torch import Tensor
 from diffopd import noise
 from diffopd.adapters import Average, autocast_forward, fused_forward
 from diffopd.assemble import Student, Teacher, assemble
+from diffopd.attention import proof_of_use
 from diffopd.checkpoint import Progress, Trained, averaged, load_checkpoint, save_checkpoint
 from diffopd.data import PromptRow
 from diffopd.data_states import encode_pictures, next_place, noised
@@ -66,7 +67,7 @@ def distill(recipe: Recipe, folder: RunFolder) -> bool:
     """
     processes = join_processes()
     device = default_device()
-    student, teachers = assemble(recipe, device)
+    student, teachers = assemble(recipe, device, processes)
     run = Run(recipe, student, teachers, _survey(student, teachers), processes, device)
     trained = _trained(run)
     latest = folder.latest_checkpoint() if recipe.train.resume_from_checkpoint == "latest" else None
@@ -79,12 +80,13 @@ def distill(recipe: Recipe, folder: RunFolder) -> bool:
             stack.enter_context(autocast_forward(denoiser, dtype))
         if recipe.train.fuse_student:
             stack.enter_context(fused_forward(denoiser_of(student.pipeline)))
-        preflight(run)
+        with proof_of_use(recipe.train.attention_backend, denoiser_of(student.pipeline)):
+            preflight(run)
         log = stack.enter_context(TrainingLog(folder, recipe, trained.progress, is_main=processes.is_main))
         reason = _updates(run, trained, folder, log)
         log.stop(reason)
         if processes.is_main and reason != INTERRUPTED:
-            with averaged(trained):
+            with averaged(trained), student.decoding():
                 save_trajectory(run, folder)
     processes.wait()
     return reason != INTERRUPTED

@@ -11,7 +11,6 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -111,7 +110,7 @@ def reference_contenders(recipe: Recipe, cards: list[TeacherCard]) -> list[Conte
     """The base at several guidance scales, each teacher and their average at their own steps and the student's."""
     base = with_scheduler(load_pipeline(recipe.student.pretrained_model_name_or_path), recipe).to(default_device())
     freeze(base)
-    own = own_denoisers(base, cards, fuse=recipe.train.fuse_teachers)
+    own = own_denoisers(base, cards, recipe)
     for card in cards:
         if card.form == "lora":
             load_lora(base, card, adapter_name=card.name)
@@ -128,8 +127,8 @@ def reference_contenders(recipe: Recipe, cards: list[TeacherCard]) -> list[Conte
             continue
         scale = settings.guidance_scale if settings.guidance_scale is not None else card.guidance_scale
         has_own = card.name in own
-        pipeline = with_denoiser(base, own[card.name]) if has_own else shell(base)
-        binding = nullcontext if has_own else partial(switch.bound, card.name)
+        pipeline = with_denoiser(base, own[card.name].module) if has_own else shell(base)
+        binding = own[card.name].present if has_own else partial(switch.bound, card.name)
         call = Call(pipeline, {**settings.call}, binding)
         for count in dict.fromkeys((own_steps(settings, card), recipe.student.num_inference_steps)):
             found.append(Contender(f"teacher:{card.name}", call, count, scale))

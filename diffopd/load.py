@@ -25,8 +25,12 @@ if TYPE_CHECKING:
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
-def load_pipeline(name: str, dtype: torch.dtype = torch.float32) -> Any:
+def load_pipeline(
+    name: str, dtype: torch.dtype | dict[str, torch.dtype] = torch.float32, quantization: Any = None
+) -> Any:
     """A stock pipeline by shelf name, folder or hub id, from safetensors, progress bar off.
+
+    dtype: one for all components, or by component name with a "default". quantization: a config of diffusers.
 
     Raises UserError where it cannot be found or has pickled weights only.
     """
@@ -35,9 +39,14 @@ def load_pipeline(name: str, dtype: torch.dtype = torch.float32) -> Any:
     folder = find_pipeline(name)
     with _quiet():
         try:
-            pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+            options = {"quantization_config": quantization} if quantization else {}
+            pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True, **options)
         except OSError as error:
             raise UserError(f"{folder}: cannot be loaded as a diffusers pipeline: {error}") from error
+        except (ImportError, RuntimeError, ValueError) as error:
+            if quantization is None:
+                raise
+            raise UserError(f"{folder}: cannot be quantized here: {_first_lines(error)}") from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -74,11 +83,15 @@ def load_lora(pipeline: Any, source: TeacherCard | str, adapter_name: str) -> No
 
 
 def load_full_denoiser(base: Any, card: TeacherCard) -> nn.Module:
-    """A teacher's own denoiser, of the base's class and dtype; weights without a config.json have the base's shape.
+    """A teacher's own denoiser, as `load_denoiser`."""
+    return load_denoiser(base, card.weights_path())
+
+
+def load_denoiser(base: Any, path: Path) -> nn.Module:
+    """A denoiser of the base's class and dtype; weights without a config.json have the base's shape.
 
     The base must carry no adapter yet. Raises UserError where the weights do not fit.
     """
-    path = card.weights_path()
     kind = type(denoiser_of(base))
     try:
         if not (path / "config.json").is_file():

@@ -23,6 +23,7 @@ from diffopd.data import PromptRow, check_tasks, read_prompts
 from diffopd.errors import UserError, suggestion
 from diffopd.grid import Grid, check_walk
 from diffopd.locate import find_pipeline
+from diffopd.quantize import check_quantization
 from diffopd.recipe import Recipe
 from diffopd.teacher import (
     TeacherCard,
@@ -166,6 +167,7 @@ def _prompts(
 
 def _check_packages(recipe: Recipe) -> None:
     """Optional packages that the recipe asks for are installed."""
+    check_quantization(recipe)
     train = recipe.train
     wanted = [("report_to", name) for name in train.report_to]
     wanted += [("attention_backend", "xformers")] if train.attention_backend == "xformers" else []

@@ -34,6 +34,30 @@ Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
 OBJECTIVE_NAMES = Literal["mean", "kl", "released_sde", "velocity", "denoised", "noise"]
 SOLVER_NAMES = Literal["native", "euler", "flow_sde", "dance_sde", "ddim", "dpmpp_1", "dpmpp_2m", "lcm"]
 SUBSTEP_SOLVER_NAMES = Literal["auto", "euler", "ddim", "dpmpp_1", "dpmpp_2m"]
+# diffusers' names, but for those that compute no gradients (Sage; Flex, which has some only under torch.compile).
+ATTENTION_BACKENDS = Literal[
+    "default",
+    "native",
+    "_native_cudnn",
+    "_native_efficient",
+    "_native_flash",
+    "_native_math",
+    "_native_npu",
+    "_native_xla",
+    "flash",
+    "flash_hub",
+    "flash_varlen",
+    "flash_varlen_hub",
+    "flash_4_hub",
+    "_flash_3",
+    "_flash_varlen_3",
+    "_flash_3_hub",
+    "_flash_3_varlen_hub",
+    "aiter_fa2_hub",
+    "xformers",
+]
+QUANTIZATIONS = ("none", "bnb-4bit", "bnb-8bit", "torchao-int8")
+QUANTIZATION_KEYS = ("quant_backend", "quant_kwargs", "components_to_quantize")
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 # Arguments of a pipeline call that diffopd itself decides, and where a user sets them instead.
 OWN_ARGUMENTS = {
@@ -66,6 +90,7 @@ class StudentSettings(Called):
     """Who is trained and how it walks at deployment."""
 
     pretrained_model_name_or_path: str
+    quantization: str | dict[str, Value] = "none"
     train: Literal["lora", "full"] = "lora"
     rank: Count = 32
     lora_alpha: Count = 64
@@ -77,6 +102,18 @@ class StudentSettings(Called):
     solver: SOLVER_NAMES = "native"
     noise_level: PositiveOrZero = 0.0
     scheduler: dict[str, Value] = {}
+
+    @field_validator("quantization", mode="before")
+    @classmethod
+    def _known_quantization(cls, value: Any) -> Any:
+        if value in QUANTIZATIONS or (isinstance(value, dict) and "quant_backend" in value):
+            unknown = [key for key in value if key not in QUANTIZATION_KEYS] if isinstance(value, dict) else []
+            if not unknown:
+                return value
+        raise ValueError(
+            f"{value!r} is not allowed. Give one of {', '.join(QUANTIZATIONS)}, or a table for diffusers' "
+            f"PipelineQuantizationConfig: {', '.join(QUANTIZATION_KEYS)}."
+        )
 
     @field_validator("target_modules", mode="before")
     @classmethod
@@ -168,15 +205,27 @@ class TrainSettings(Settings):
     lr_warmup_steps: CountOrZero = 0
     ema_decay: Fraction = 0.0
     mixed_precision: Literal["no", "bf16"] = "no"
+    frozen_dtype: Literal["float32", "bf16"] = "float32"
     gradient_checkpointing: bool = False
+    text_encoders: Literal["resident", "cached", "released"] = "resident"
     fuse_teachers: bool = False
     fuse_student: bool = False
-    attention_backend: Literal["default", "xformers"] = "default"
+    offload_teachers: bool = False
+    attention_backend: ATTENTION_BACKENDS = "default"
     report_to: list[Literal["tensorboard", "wandb", "trackio"]] = []
     mode: Literal["streaming", "two_pass"] = "streaming"
     validate_every: CountOrZero = 0
     patience: CountOrZero = 0
     resume_from_checkpoint: Literal["latest", "none"] = "latest"
+
+    @field_validator("attention_backend", mode="before")
+    @classmethod
+    def _has_a_backward(cls, value: Any) -> Any:
+        if isinstance(value, str) and value.lstrip("_").startswith(("sage", "flex")):
+            raise ValueError(
+                f'"{value}" computes no gradients here, so nothing could be trained. Take "flash" or "native".'
+            )
+        return value
 
     @field_validator("tasks_per_update", mode="before")
     @classmethod
@@ -240,6 +289,25 @@ class Recipe(Settings):
     def _an_adapter_to_fuse(self) -> Recipe:
         if self.train.fuse_student and self.student.train == "full":
             raise ValueError('train.fuse_student folds an adapter and student.train = "full" has none. Remove it.')
+        if self.train.fuse_student and self.train.frozen_dtype != "float32":
+            raise ValueError(
+                "train.fuse_student adds the adapter to the frozen weights, and their frozen_dtype = "
+                f'"{self.train.frozen_dtype}" would round it away. Turn one of the two off.'
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _quantized_is_frozen(self) -> Recipe:
+        if self.student.quantization == "none":
+            return self
+        asks = {
+            'student.train = "full" trains': self.student.train == "full",
+            "train.fuse_student adds the adapter to": self.train.fuse_student,
+            "train.fuse_teachers adds adapters to": self.train.fuse_teachers,
+        }
+        for what, is_asked in asks.items():
+            if is_asked:
+                raise ValueError(f"{what} weights that student.quantization rounds. Turn one of the two off.")
         return self
 
     @model_validator(mode="after")

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PrivateAttr, model_validator
 
+from diffopd.data import prompt_file
 from diffopd.errors import UserError, suggestion
 from diffopd.locate import HubId, absolute, download, find_teacher, is_path, parse_hub_id
 from diffopd.settings import Settings, Source, read_toml, validated
@@ -20,7 +21,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
 class TeacherPrompts(Settings):
-    """The prompt files of a task; paths are absolute once read."""
+    """The prompt files of a task; paths are absolute once read, a dataset folder stands as its file of the split."""
 
     train: str
     test: str
@@ -111,8 +112,10 @@ def teacher_card(name_or_path: str, relative_to: Path | str) -> TeacherCard:
     if isinstance(data.get("base"), str):
         data["base"] = absolute(data["base"], folder)
     prompts = data.get("prompts")
+    if isinstance(prompts, str):  # a dataset folder with both splits
+        prompts = {"train": prompts, "test": prompts}
     if isinstance(prompts, dict):
-        data["prompts"] = {k: str(folder / v) if isinstance(v, str) else v for k, v in prompts.items()}
+        data["prompts"] = {k: str(prompt_file(folder / v, k)) if isinstance(v, str) else v for k, v in prompts.items()}
     card = validated(TeacherCard, data, source)
     card._source = source
     return card

@@ -1,6 +1,6 @@
 import pytest
 
-from diffopd.data import PromptRow, check_tasks, read_prompts
+from diffopd.data import PromptRow, check_tasks, prompt_file, read_prompts
 from diffopd.errors import UserError
 
 
@@ -54,3 +54,27 @@ def test_rows_of_an_uncovered_or_another_teachers_task_are_refused(tmp_path):
         check_tasks(rows, tmp_path / "p", "dots", ["dots"])
     with pytest.raises(UserError, match="p:2: task 'text' stands among the prompts of teacher 'dots'"):
         check_tasks(rows, tmp_path / "p", "dots", ["dots", "text"])
+
+
+def test_dataset_folders_hold_a_file_per_split(tmp_path):
+    write(tmp_path / "train_metadata.jsonl", '{"tag": "two_object", "prompt": "a photo of two dots"}\n')
+    write(tmp_path / "test.txt", "a dot\na line\n")
+    assert read_prompts(tmp_path, "train") == [PromptRow("a photo of two dots", {"tag": "two_object"})]
+    assert read_prompts(tmp_path, "test") == [PromptRow("a dot"), PromptRow("a line")]
+    with pytest.raises(UserError, match="test.txt:1: empty line"):
+        write(tmp_path / "test.txt", "\na line\n")
+        read_prompts(tmp_path, "test")
+
+
+def test_a_dataset_folder_without_a_split_or_with_two_files_of_it_is_refused(tmp_path):
+    with pytest.raises(UserError, match="no prompts of the train split.*train.txt"):
+        prompt_file(tmp_path, "train")
+    write(tmp_path / "train.txt", "a\n")
+    write(tmp_path / "train.jsonl", '{"prompt": "a"}\n')
+    with pytest.raises(UserError, match="train.jsonl, train.txt.*Name one"):
+        prompt_file(tmp_path, "train")
+
+
+def test_line_separators_of_unicode_are_part_of_a_prompt(tmp_path):
+    path = write(tmp_path / "a.jsonl", '{"prompt": "a\u2028dot"}\r\n{"prompt": "b"}')
+    assert read_prompts(path) == [PromptRow("a\u2028dot"), PromptRow("b")]

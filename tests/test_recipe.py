@@ -137,6 +137,10 @@ def test_bad_values_are_refused_with_the_reason(recipe_file, option, reason):
     assert reason in message(recipe_file, option)
 
 
+def test_an_adapter_is_not_folded_into_weights_that_would_round_it_away(recipe_file):
+    assert "round it away" in message(recipe_file, "train.fuse_student=true", "train.frozen_dtype=bf16")
+
+
 @pytest.mark.parametrize(
     ("option", "key"),
     [

@@ -3,6 +3,7 @@ import shutil
 import pytest
 from PIL import Image
 
+from diffopd.data import read_prompts
 from diffopd.errors import UserError
 from diffopd.teacher import load_reward, teacher_card
 
@@ -25,6 +26,20 @@ def test_a_card_is_read_with_absolute_prompt_paths(folder, tmp_path):
     assert card.name == "dots" and card.form == "lora" and card.guidance_scale == 2.0
     assert card.prompts.train == str(folder / "prompts" / "train.jsonl")
     assert card.weights_path() == folder / "pytorch_lora_weights.safetensors"
+
+
+def test_prompts_may_be_a_dataset_folder(folder):
+    text = (folder / "teacher.toml").read_text()
+    (folder / "teacher.toml").write_text('prompts = "ocr"\n' + text[: text.index("[prompts]")])
+    with pytest.raises(UserError, match="ocr: prompt files end in"):
+        read_prompts(teacher_card(str(folder), folder).prompts.train)
+    (folder / "ocr").mkdir()
+    for split in ("train", "test"):
+        (folder / "ocr" / f"{split}.txt").write_text("a dot\n")
+    card = teacher_card(str(folder), folder)
+    assert card.prompts.train == str(folder / "ocr" / "train.txt")
+    assert card.prompts.test == str(folder / "ocr" / "test.txt")
+    assert len(card.task_hashes()) == 3
 
 
 def test_the_folder_may_be_given_relative_to_a_recipe_file(folder, tmp_path):

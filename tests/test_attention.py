@@ -1,0 +1,93 @@
+"""Attention backends: taken by name where layers dispatch, refused where diffusers would accept them without effect."""
+
+import diffusers
+import pytest
+import torch
+from cast import pipeline_with, scheduler_named
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+from test_distill import recipe_with, run_to_end
+
+from diffopd.attention import dispatches, proof_of_use, use_attention_backend
+from diffopd.drive import denoiser_of
+from diffopd.errors import UserError
+from diffopd.recipe import ATTENTION_BACKENDS
+
+
+def flux():
+    torch.manual_seed(0)
+    return diffusers.FluxTransformer2DModel(
+        in_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        pooled_projection_dim=16,
+        axes_dims_rope=(2, 2, 4),
+    ).eval()
+
+
+def answer(denoiser):
+    generator = torch.Generator().manual_seed(2)
+    told = {
+        "hidden_states": torch.randn(1, 4, 4, generator=generator),
+        "encoder_hidden_states": torch.randn(1, 3, 16, generator=generator),
+        "pooled_projections": torch.randn(1, 16, generator=generator),
+        "timestep": torch.tensor([0.5]),
+        "img_ids": torch.zeros(4, 3),
+        "txt_ids": torch.zeros(3, 3),
+    }
+    return denoiser(**told).sample
+
+
+def test_every_backend_of_diffusers_is_a_name_here_but_those_without_gradients():
+    known = {backend.value for backend in AttentionBackendName}
+    trainable = {name for name in known if not name.lstrip("_").startswith(("sage", "flex"))}
+    assert set(ATTENTION_BACKENDS.__args__) == trainable | {"default"}
+
+
+@pytest.mark.parametrize("name", ["sage", "_sage_qk_int8_pv_fp16_triton", "flex"])
+def test_a_backend_without_gradients_is_refused(tiny_recipe, name):
+    with pytest.raises(UserError, match="computes no gradients"):
+        recipe_with(tiny_recipe, f"train.attention_backend={name}")
+
+
+@pytest.mark.parametrize("name", ["_native_math", "native"])
+def test_a_dispatching_denoiser_really_uses_the_backend_and_no_other_model_does(name):
+    denoiser, other = flux(), flux()
+    before = _AttentionBackendRegistry._active_backend
+    with torch.no_grad():
+        plain = answer(denoiser)
+    use_attention_backend(denoiser, name)
+    assert _AttentionBackendRegistry._active_backend == before
+    with torch.no_grad(), proof_of_use(name, denoiser):
+        chosen = answer(denoiser)
+    torch.testing.assert_close(chosen, plain, rtol=1e-4, atol=1e-5)
+    with torch.no_grad(), pytest.raises(UserError, match="never called"), proof_of_use(name, denoiser):
+        answer(other)
+
+
+def test_gradients_flow_through_a_chosen_backend():
+    gradients = []
+    for name in ("default", "_native_math"):
+        denoiser = flux()
+        use_attention_backend(denoiser, name)
+        answer(denoiser).square().sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in denoiser.parameters() if p.grad is not None]))
+    assert float(gradients[0].norm()) > 0
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "flow euler"])
+def test_unets_and_sd3_would_ignore_the_name_so_it_is_refused(scheduler):
+    denoiser = denoiser_of(pipeline_with(scheduler_named(scheduler)))
+    assert not dispatches(denoiser)
+    with pytest.raises(UserError, match=f"no effect on {type(denoiser).__name__}"):
+        use_attention_backend(denoiser, "native")
+
+
+def test_a_backend_that_is_not_installed_is_named(tiny_recipe):
+    with pytest.raises(UserError, match='"flash" cannot be used here'):
+        use_attention_backend(flux(), "flash")
+    with pytest.raises(UserError, match=r"xformers.*diffopd\[xformers\]"):
+        run_to_end(recipe_with(tiny_recipe, 'train.attention_backend="xformers"'))
