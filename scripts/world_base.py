@@ -1,5 +1,6 @@
 """The embedded world's base: text encoder and denoiser, trained on all tasks."""
 
+import json
 import os
 import shutil
 import time
@@ -155,15 +156,15 @@ def _keep(state: BaseState, output: Path, batch: int, snapshot_every: int) -> No
         state.save_average(output / f"snapshot-{thousands}k.pt")
 
 
-def assemble(output: Path, snapshot: str) -> Any:
-    """The stock pipeline of one training state: `base` (its average) or `snapshot-250k`."""
+def assemble(output: Path, snapshot: str, weights: str = "average") -> Any:
+    """The stock pipeline of one training state, `base` or `snapshot-250k`; weights "model" are `base`'s latest."""
     from diffusers import AutoencoderKL, StableDiffusionPipeline
 
     tokenizer = open_tokenizer(output / "tokenizer")
     model = Base(build_text_encoder(tokenizer), build_unet())
-    weights = torch.load(output / f"{snapshot}.pt", weights_only=True)["average"]
+    state = torch.load(output / f"{snapshot}.pt", weights_only=True)[weights]
     model.load_state_dict(
-        {key: value.float() for key, value in weights.items() if value.is_floating_point()}, strict=False
+        {key: value.float() for key, value in state.items() if value.is_floating_point()}, strict=False
     )
     return StableDiffusionPipeline(
         vae=AutoencoderKL.from_pretrained(output / "vae"),
@@ -180,10 +181,11 @@ def assemble(output: Path, snapshot: str) -> Any:
 def save(
     output: Output,
     snapshot: Annotated[str, typer.Option(help="base, or a kept copy such as snapshot-250k")] = "base",
+    latest: Annotated[bool, typer.Option(help="base's latest weights, not their average (after a decay)")] = False,
     pipeline: Annotated[Path, typer.Option(help="folder to write")] = ROOT / "pipelines" / "emoji",
 ) -> None:
     """Writes the shipped pipeline folder (denoiser and autoencoder fp16, text encoder fp32), replaced in one move."""
-    pipe = assemble(output, snapshot)
+    pipe = assemble(output, snapshot, "model" if latest else "average")
     pipe.unet.half()  # transformers opens a half text encoder as half even where the rest is opened as float
     pipe.vae.half()
     fresh, stale = pipeline.with_name(pipeline.name + ".new"), pipeline.with_name(pipeline.name + ".old")
@@ -193,6 +195,10 @@ def save(
         shutil.copy(output / "tokenizer" / name, fresh / "tokenizer" / name)
     for file in fresh.rglob("*.safetensors"):
         file.chmod(0o644)
+    for file in fresh.glob("*/config.json"):  # where a part was loaded from is nobody's business
+        config = json.loads(file.read_text())
+        config.pop("_name_or_path", None)
+        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     if (pipeline / "README.md").exists():
         shutil.copy(pipeline / "README.md", fresh / "README.md")
     if pipeline.exists():
