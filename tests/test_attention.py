@@ -63,8 +63,9 @@ def test_a_dispatching_denoiser_really_uses_the_backend_and_no_other_model_does(
     with torch.no_grad(), proof_of_use(name, denoiser):
         chosen = answer(denoiser)
     torch.testing.assert_close(chosen, plain, rtol=1e-4, atol=1e-5)
-    with torch.no_grad(), pytest.raises(UserError, match="never called"), proof_of_use(name, denoiser):
-        answer(other)
+    if name != before.value:  # which every other model uses anyway
+        with torch.no_grad(), pytest.raises(UserError, match="never called"), proof_of_use(name, denoiser):
+            answer(other)
 
 
 def test_gradients_flow_through_a_chosen_backend():
