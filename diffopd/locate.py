@@ -133,6 +133,12 @@ def find_pipeline(name: str, relative_to: Path | None = None, *, patterns: list[
     return folder
 
 
+def shipped_configs(name: str) -> Path | None:
+    """The folder of configs that comes with the package for a hub id, None where there is none. No weights in it."""
+    folder = PACKAGE / "configs" / name.partition("@")[0]
+    return folder if parse_hub_id(name) and (folder / "model_index.json").is_file() else None
+
+
 def download(hub: HubId, patterns: list[str] | None = None) -> Path:
     """The local copy of a hub repository's (sub)folder. Raises UserError when it cannot be had."""
     from huggingface_hub import snapshot_download

@@ -7,14 +7,15 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from diffopd.blueprint import BYTES, Blueprint, graph_bytes, num_values
-from diffopd.grid import Grid
+from diffopd.blueprint import BYTES, num_values
+from diffopd.grid import Grid, make_scheduler, side_arguments
 from diffopd.preflight import Parts, lora_size
 from diffopd.recipe import Recipe
-from diffopd.teacher import weight_files
+from diffopd.teacher import TeacherCard, weight_files
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from torch import nn
 
 QUERY_DRAWS = 256  # draws over which the cost of a random query is averaged
 
@@ -34,9 +35,9 @@ class TeacherPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """The resolved plan. Evaluations are denoiser forwards per picture of one walk; guidance counts double.
+    """The resolved plan. Evaluations are denoiser forwards per picture of one walk; guidance may count double.
 
-    memory: bytes per item, float32; its graph entry is absent for denoisers that cannot be measured.
+    memory: bytes per item, float32; its graph entry is absent for pipelines that cannot be rehearsed.
     """
 
     recipe: Recipe
@@ -66,11 +67,13 @@ def make_plan(parts: Parts) -> Plan:
     teachers = []
     for settings, card in zip(recipe.teachers, parts.cards, strict=True):
         guidance = card.guidance_scale if settings.guidance_scale is None else settings.guidance_scale
-        cost = asked * recipe.objective.substeps * forwards(base, guidance)
+        calls = forwards(parts, side_arguments(settings, visits * recipe.objective.substeps, guidance))
         rows = len(parts.train_rows[card.name]), len(parts.test_rows[card.name])
+        cost = asked * recipe.objective.substeps * calls
         teachers.append(TeacherPlan(card.name, card.form, guidance, cost, *rows, settings.weight / total))
     train = recipe.train
     tasks = {"all": len(recipe.teachers), "round_robin": 1}.get(train.tasks_per_update, train.tasks_per_update)
+    of_student = side_arguments(recipe.student, recipe.student.num_inference_steps)
     trained, memory = _sizes(parts)
     return Plan(
         recipe=recipe,
@@ -79,20 +82,25 @@ def make_plan(parts: Parts) -> Plan:
         grid=parts.grid,
         num_trained=trained,
         num_parameters=base.num_parameters(),
-        student_evaluations=walked * forwards(base, recipe.student.guidance_scale),
+        student_evaluations=walked * forwards(parts, of_student),
         teachers=tuple(teachers),
         pictures_per_update=tasks * train.batch_size * train.gradient_accumulation_steps,
         memory=memory,
     )
 
 
-def forwards(base: Blueprint, guidance_scale: float) -> int:
-    """Denoiser evaluations per picture and state: 2 under classifier-free guidance."""
-    config = base.denoiser_config
-    if config.get("guidance_embeds") or config.get("time_cond_proj_dim"):  # guidance is an input there
-        return 1
-    threshold = 0.0 if base.pipeline_class.startswith("ZImage") else 1.0
-    return 2 if guidance_scale > threshold else 1
+def forwards(parts: Parts, arguments: dict[str, Any]) -> float:
+    """Denoiser rows per picture and state of a call with `arguments`, counted on the pipeline's own code.
+
+    Guidance costs a second row in one call, a second call, or nothing, as the family has it. For a pipeline that
+    cannot be rehearsed it is taken to cost a second row above a guidance_scale of 1.
+    """
+    from diffopd.rehearsal import can_rehearse, rehearse
+
+    if not can_rehearse(parts.base, arguments):
+        return 2 if arguments["guidance_scale"] > 1 else 1
+    rows = rehearse(parts.base, make_scheduler(parts.recipe, parts.base), arguments).rows
+    return sum(rows) / len(rows)
 
 
 def visited(recipe: Recipe, visits: int) -> tuple[float, float]:
@@ -112,8 +120,7 @@ def _sizes(parts: Parts) -> tuple[int, dict[str, int]]:
     recipe, base = parts.recipe, parts.base
     student = recipe.student
     trunk = base.num_parameters()
-    files = base.weight_files()
-    others = sum(num_values(file) for name, held in files.items() if name != base.denoiser for file in held)
+    held = base.component_sizes()
     denoiser = copy.deepcopy(base.meta_denoiser)
     trained = trunk
     if student.train == "full":
@@ -121,11 +128,9 @@ def _sizes(parts: Parts) -> tuple[int, dict[str, int]]:
     else:
         trained = lora_size(recipe, denoiser)
     averages = int(recipe.train.ema_decay > 0) + sum(card.form == "ema" for card in parts.cards)
-    fused = trunk if recipe.train.fuse_teachers else 0
     memory = {
-        "base denoiser": BYTES * trunk,
-        "its other components": BYTES * others,
-        "teachers": BYTES * sum(_teacher_size(card, fused) for card in parts.cards),
+        **{f"base {name}": BYTES * size for name, size in held.items()},
+        "teachers": BYTES * sum(_teacher_size(parts, card, trained) for card in parts.cards),
         "trained weights": BYTES * trained,
         "gradients and AdamW": 3 * BYTES * trained,
         "averages": BYTES * trained * averages,
@@ -135,25 +140,31 @@ def _sizes(parts: Parts) -> tuple[int, dict[str, int]]:
     return trained, {name: size for name, size in memory.items() if size}
 
 
-def _teacher_size(card: Any, fused: int) -> int:
-    if fused and card.form == "lora":
-        return fused
-    if card.weights is None or card.hub_weights:
+def _teacher_size(parts: Parts, card: TeacherCard, adapter: int) -> int:
+    """Numbers that a teacher adds; an adapter on the hub, whose size is not known yet, is taken to be `adapter`."""
+    trunk = parts.base.num_parameters()
+    if card.weights is None:
         return 0
+    if card.form == "lora" and parts.recipe.train.fuse_teachers:
+        return trunk
+    if card.hub_weights:
+        return adapter if card.form == "lora" else trunk
     return sum(num_values(file) for file in weight_files(card.weights_path()))
 
 
-def _graph(parts: Parts, denoiser: Any) -> int | None:
-    """Measured for a UNet whose inputs are sample, timestep and text; None for all others."""
+def _graph(parts: Parts, denoiser: nn.Module) -> int | None:
+    """Bytes that the backward of one state of one micro-batch needs; None for a pipeline that cannot be rehearsed."""
+    from diffopd.rehearsal import can_rehearse, rehearse
+
     base, recipe = parts.base, parts.recipe
-    if base.denoiser_config.get("_class_name") != "UNet2DConditionModel" or denoiser.config.addition_embed_type:
+    arguments = side_arguments(recipe.student, recipe.student.num_inference_steps)
+    if not can_rehearse(base, arguments):
         return None
-    denoiser.train()
     if recipe.train.gradient_checkpointing:
+        denoiser.train()
         denoiser.enable_gradient_checkpointing()
-    rows = recipe.train.batch_size * forwards(base, recipe.student.guidance_scale)
-    tokens = base.configs.get("text_encoder", {}).get("max_position_embeddings", 77)
-    return graph_bytes(denoiser, rows, tokens)
+    scheduler = make_scheduler(recipe, base)
+    return rehearse(base, scheduler, arguments, batch_size=recipe.train.batch_size, trained=denoiser).graph_bytes
 
 
 def render(plan: Plan) -> RenderableType:

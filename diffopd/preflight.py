@@ -22,7 +22,7 @@ from diffopd.blueprint import (
 from diffopd.data import PromptRow, check_tasks, read_prompts
 from diffopd.errors import UserError, suggestion
 from diffopd.grid import Grid, check_walk
-from diffopd.locate import find_pipeline
+from diffopd.locate import PACKAGE, find_pipeline
 from diffopd.recipe import Recipe
 from diffopd.teacher import (
     TeacherCard,
@@ -74,9 +74,11 @@ class Parts:
 def check(recipe: Recipe, *, hash_weights: bool = False) -> Parts:
     """Check a recipe against the files it names. hash_weights also reads the bytes of the weights.
 
+    Without it, no network is asked for a base whose configs come with diffopd: they are enough for a plan.
+
     Raises UserError for the first thing that is wrong, naming its place, what is allowed and what to do.
     """
-    base = _base(recipe)
+    base = _base(recipe, shipped=not hash_weights)
     cards = _cards(recipe)
     train, test = _prompts(recipe, cards)
     for card in cards:
@@ -85,7 +87,7 @@ def check(recipe: Recipe, *, hash_weights: bool = False) -> Parts:
     _check_call_arguments(recipe, base)
     grid = check_walk(recipe, base)
     for index, card in enumerate(cards):
-        _check_teacher(recipe, index, card, base)
+        _check_teacher(recipe, index, card, base, shipped=not hash_weights)
     _check_warm_start(recipe, base)
     if recipe.student.train == "lora" and not recipe.student.init_weights:
         lora_size(recipe, copy.deepcopy(base.meta_denoiser))
@@ -94,10 +96,10 @@ def check(recipe: Recipe, *, hash_weights: bool = False) -> Parts:
     return Parts(recipe, base, cards, train, test, grid, hashes)
 
 
-def _base(recipe: Recipe) -> Blueprint:
+def _base(recipe: Recipe, *, shipped: bool) -> Blueprint:
     place = recipe.place("student", "pretrained_model_name_or_path")
     try:
-        base = read_blueprint(recipe.student.pretrained_model_name_or_path)
+        base = read_blueprint(recipe.student.pretrained_model_name_or_path, shipped=shipped)
     except UserError as error:
         raise UserError(f"{place}: {error}") from error
     _refuse_pickles(base, place)
@@ -120,7 +122,7 @@ def _refuse_pickles(base: Blueprint, place: str) -> None:
 
 
 def _is_hub_snapshot(folder: Path) -> bool:
-    return "snapshots" in folder.parts
+    return "snapshots" in folder.parts or folder.is_relative_to(PACKAGE / "configs")
 
 
 def _cards(recipe: Recipe) -> tuple[TeacherCard, ...]:
@@ -240,11 +242,11 @@ def _check_evaluation(recipe: Recipe, rows: dict[str, list[PromptRow]]) -> None:
             )
 
 
-def _check_teacher(recipe: Recipe, index: int, card: TeacherCard, base: Blueprint) -> None:
+def _check_teacher(recipe: Recipe, index: int, card: TeacherCard, base: Blueprint, *, shipped: bool) -> None:
     """The teacher stands on the student's architecture and latent space, and its weights can be loaded."""
     place = recipe.place("teachers", index, "name")
     try:
-        own = read_blueprint(card.base)
+        own = read_blueprint(card.base, shipped=shipped)
     except UserError as error:
         raise UserError(f"{card.place('base')}: {error}") from error
     if own.folder.resolve() != base.folder.resolve():
