@@ -149,14 +149,11 @@ def build_on_meta(config: dict[str, Any]) -> nn.Module:
 
 
 def build_component(library_and_class: tuple[str, str], config: dict[str, Any]) -> nn.Module:
-    """Any component of a pipeline with its parameters on the meta device; buffers are real, pipelines read them.
-
-    Raises UserError for a class that the installed libraries do not have.
-    """
+    """Any component of a pipeline on the meta device. Raises UserError for a class that is not installed."""
     import importlib
 
     import diffusers
-    from accelerate import init_empty_weights
+    import torch
 
     library, name = library_and_class
     known = library in ("diffusers", "transformers")
@@ -164,10 +161,12 @@ def build_component(library_and_class: tuple[str, str], config: dict[str, Any]) 
     kind = getattr(module, name, None)
     if kind is None:
         raise UserError(f"model_index.json names {library}.{name}, which is not installed. Install a newer {library}.")
-    with init_empty_weights():
-        if hasattr(kind, "from_config"):
+    with torch.device("meta"):
+        if known and library == "diffusers":
             return kind.from_config(config).requires_grad_(False)
-        return kind(kind.config_class.from_dict(config)).requires_grad_(False)
+        model = kind(kind.config_class.from_dict(config)).requires_grad_(False)
+    model.tie_weights()  # what the constructor shares is two tensors on the meta device
+    return model
 
 
 def lora_shapes(path: Path, denoiser: str) -> dict[str, tuple[int, int]]:

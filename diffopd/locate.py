@@ -20,7 +20,7 @@ PACKAGE = Path(__file__).resolve().parent
 
 @dataclass(frozen=True)
 class HubId:
-    """A repository on the hub, a folder in it and a revision (None: the default branch)."""
+    """A repository on the hub, a folder (or .safetensors file) in it and a revision (None: the default branch)."""
 
     repo: str
     subfolder: str = ""
@@ -140,12 +140,14 @@ def shipped_configs(name: str) -> Path | None:
 
 
 def download(hub: HubId, patterns: list[str] | None = None) -> Path:
-    """The local copy of a hub repository's (sub)folder. Raises UserError when it cannot be had."""
+    """The local copy of a hub repository's (sub)folder or file. Raises UserError when it cannot be had."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     prefix = f"{hub.subfolder}/" if hub.subfolder else ""
     wanted = [prefix + pattern for pattern in patterns or ["*"]]
+    if hub.subfolder.endswith(".safetensors"):  # one file of a repository that may hold many
+        wanted = [hub.subfolder]
     try:
         top = snapshot_download(hub.repo, revision=hub.revision, allow_patterns=wanted)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:

@@ -14,6 +14,7 @@ from diffopd.recipe import Recipe
 from diffopd.teacher import TeacherCard, weight_files
 
 if TYPE_CHECKING:
+    import torch
     from rich.console import RenderableType
     from torch import nn
 
@@ -37,7 +38,7 @@ class TeacherPlan:
 class Plan:
     """The resolved plan. Evaluations are denoiser forwards per picture of one walk; guidance may count double.
 
-    memory: bytes per item, float32; its graph entry is absent for pipelines that cannot be rehearsed.
+    memory: bytes per item; its graph entry is absent for pipelines that cannot be rehearsed.
     """
 
     recipe: Recipe
@@ -116,39 +117,67 @@ def visited(recipe: Recipe, visits: int) -> tuple[float, float]:
 
 
 def _sizes(parts: Parts) -> tuple[int, dict[str, int]]:
-    """(trained parameters, bytes per item of memory)."""
+    """(trained parameters, bytes per item of memory while the loop runs)."""
+    import torch
+
+    from diffopd.precision import DTYPES, answer_in_float32
+
     recipe, base = parts.recipe, parts.base
-    student = recipe.student
-    trunk = base.num_parameters()
-    held = base.component_sizes()
+    train, frozen = recipe.train, DTYPES[recipe.train.frozen_dtype]
     denoiser = copy.deepcopy(base.meta_denoiser)
-    trained = trunk
-    if student.train == "full":
+    if recipe.student.train == "full":
+        trained = base.num_parameters()
         denoiser.requires_grad_(True)
     else:
+        denoiser.to(frozen)
         trained = lora_size(recipe, denoiser)
-    averages = int(recipe.train.ema_decay > 0) + sum(card.form == "ema" for card in parts.cards)
-    memory = {
-        **{f"base {name}": BYTES * size for name, size in held.items()},
-        "teachers": BYTES * sum(_teacher_size(parts, card, trained) for card in parts.cards),
+        for parameter in denoiser.parameters():
+            parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
+    averages = int(train.ema_decay > 0) + sum(card.form == "ema" for card in parts.cards)
+    memory = {f"base {name}": size * _bytes_of(name, frozen) for name, size in _resident(parts).items()}
+    memory |= {
+        "teachers": _teachers(parts, trained, frozen),
         "trained weights": BYTES * trained,
         "gradients and AdamW": 3 * BYTES * trained,
         "averages": BYTES * trained * averages,
     }
+    if frozen is not torch.float32:
+        answer_in_float32(denoiser, frozen)
     graph = _graph(parts, denoiser)
     memory |= {"graph of one state": graph} if graph is not None else {}
     return trained, {name: size for name, size in memory.items() if size}
 
 
+def _resident(parts: Parts) -> dict[str, int]:
+    """component -> its numbers, for what stays while the loop runs: released encoders and VAE do not."""
+    train, held = parts.recipe.train, parts.base.component_sizes()
+    if train.text_encoders != "released":
+        return held
+    gone = ("text_encoder",) if parts.recipe.objective.states == "data" else ("text_encoder", "vae")
+    return {name: size for name, size in held.items() if not name.startswith(gone)}
+
+
+def _bytes_of(component: str, frozen: torch.dtype) -> int:
+    return BYTES if component == "vae" else frozen.itemsize  # the VAE stays in float32
+
+
+def _teachers(parts: Parts, adapter: int, frozen: torch.dtype) -> int:
+    """Bytes that teachers add to the device: adapters all, own denoisers all or, offloaded, the largest alone."""
+    own = [_teacher_size(parts, card, adapter) * frozen.itemsize for card in parts.cards if _has_own(parts, card)]
+    adapters = [_teacher_size(parts, card, adapter) for card in parts.cards if not _has_own(parts, card)]
+    return (max(own, default=0) if parts.recipe.train.offload_teachers else sum(own)) + BYTES * sum(adapters)
+
+
+def _has_own(parts: Parts, card: TeacherCard) -> bool:
+    return card.form == "full" or (card.form == "lora" and parts.recipe.train.fuse_teachers)
+
+
 def _teacher_size(parts: Parts, card: TeacherCard, adapter: int) -> int:
     """Numbers that a teacher adds; an adapter on the hub, whose size is not known yet, is taken to be `adapter`."""
-    trunk = parts.base.num_parameters()
     if card.weights is None:
         return 0
-    if card.form == "lora" and parts.recipe.train.fuse_teachers:
-        return trunk
-    if card.hub_weights:
-        return adapter if card.form == "lora" else trunk
+    if card.hub_weights or _has_own(parts, card):
+        return parts.base.num_parameters() if _has_own(parts, card) else adapter
     return sum(num_values(file) for file in weight_files(card.weights_path()))
 
 
@@ -164,6 +193,7 @@ def _graph(parts: Parts, denoiser: nn.Module) -> int | None:
         denoiser.train()
         denoiser.enable_gradient_checkpointing()
     scheduler = make_scheduler(recipe, base)
+    # Under train.mixed_precision activations are smaller than this: it is counted without autocast.
     return rehearse(base, scheduler, arguments, batch_size=recipe.train.batch_size, trained=denoiser).graph_bytes
 
 
@@ -188,7 +218,8 @@ def render(plan: Plan) -> RenderableType:
         memory.add_row(name, readable(size))
     memory.add_row("sum", readable(sum(plan.memory.values())), style="bold")
     title = f"Plan of {plan.recipe.name} ({plan.recipe.path})"
-    heading = "Memory, float32" + ("" if "graph of one state" in plan.memory else ", without activations")
+    heading = f"Memory while training, frozen weights in {plan.recipe.train.frozen_dtype}"
+    heading += "" if "graph of one state" in plan.memory else ", without activations"
     return Group(Text(title, "bold"), facts, Text(""), teachers, Text(""), Text(heading, "bold"), memory)
 
 

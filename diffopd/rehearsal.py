@@ -77,8 +77,7 @@ def _pipeline(base: Blueprint, scheduler: Any, denoiser: nn.Module) -> Any:
     stock = getattr(diffusers, base.pipeline_class)
     cpu = property(lambda self: torch.device("cpu"))
     kind = type(stock.__name__, (stock,), {"_execution_device": cpu, "device": cpu, "__module__": stock.__module__})
-    vae = build_component(base.classes["vae"], base.configs["vae"])
-    held = {"scheduler": scheduler, base.denoiser: denoiser, "vae": vae}
+    held = {"scheduler": scheduler, base.denoiser: denoiser, "vae": _autoencoder(base)}
     if "transformer_2" in base.configs:
         held["transformer_2"] = build_on_meta(base.configs["transformer_2"])
     init = inspect.signature(stock.__init__).parameters
@@ -89,6 +88,15 @@ def _pipeline(base: Blueprint, scheduler: Any, denoiser: nn.Module) -> Any:
     pipeline = kind(**{**dict.fromkeys(needed), **options, **held})
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def _autoencoder(base: Blueprint) -> nn.Module:
+    """Its weights are on the meta device, its buffers are zeros: some pipelines scale latents by them."""
+    vae = build_component(base.classes["vae"], base.configs["vae"])
+    for module in vae.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            module.register_buffer(name, torch.zeros(buffer.shape, dtype=buffer.dtype))
+    return vae
 
 
 @contextmanager
