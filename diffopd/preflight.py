@@ -22,7 +22,7 @@ from diffopd.blueprint import (
 from diffopd.data import PromptRow, check_tasks, read_prompts
 from diffopd.errors import UserError, suggestion
 from diffopd.grid import Grid, check_walk
-from diffopd.locate import PACKAGE, find_pipeline
+from diffopd.locate import PACKAGE, find_pipeline, nearest_sibling
 from diffopd.recipe import Recipe
 from diffopd.teacher import (
     TeacherCard,
@@ -81,6 +81,8 @@ def check(recipe: Recipe, *, hash_weights: bool = False) -> Parts:
     base = _base(recipe, shipped=not hash_weights)
     cards = _cards(recipe)
     train, test = _prompts(recipe, cards)
+    _check_pictures(recipe, cards, train, test)
+    _check_resolutions(recipe)
     for card in cards:
         load_reward(card.reward, card.folder)
     _check_packages(recipe)
@@ -164,6 +166,41 @@ def _prompts(
             check_tasks(rows, Path(path), card.name, names)
             read[split][card.name] = rows
     return read["train"], read["test"]
+
+
+def _check_pictures(
+    recipe: Recipe, cards: tuple[TeacherCard, ...], train: dict[str, list[PromptRow]], test: dict[str, list[PromptRow]]
+) -> None:
+    """objective.states = "data" noises pictures: every row that may be drawn must name one that is there."""
+    if recipe.objective.states != "data":
+        return
+    checked = recipe.train.batch_size if recipe.train.validate_every else 0
+    for card in cards:
+        for path, rows in ((card.prompts.train, train[card.name]), (card.prompts.test, test[card.name][:checked])):
+            for number, row in enumerate(rows, start=1):
+                name = row.metadata.get("file_name")
+                if not isinstance(name, str):
+                    place = recipe.place("objective", "states")
+                    raise UserError(
+                        f"{path}:{number}: the row names no picture, and {place} asks for "
+                        'states = "data". Add "file_name" (a path from the prompt file) to every row of a .jsonl '
+                        'file, or set objective.states = "student".'
+                    )
+                if not Path(name).is_file():
+                    raise UserError(f"{path}:{number}: there is no picture {name}.{nearest_sibling(Path(name))}")
+
+
+def _check_resolutions(recipe: Recipe) -> None:
+    """All sides draw at one size: a call without height and width has the pipeline's default, whatever others say."""
+    for index, teacher in enumerate(recipe.teachers):
+        for key in ("height", "width", "num_frames"):
+            mine, others = teacher.call.get(key), recipe.student.call.get(key)
+            if mine != others:
+                place, name = recipe.place("teachers", index, "call", key), Path(teacher.name).name
+                raise UserError(
+                    f"{place}: teacher {name!r} is called with {key} = {mine or 'the default'}, the student with "
+                    f"{others or 'the default'}. All sides draw at one size: give both the same {key} in their call."
+                )
 
 
 def _check_packages(recipe: Recipe) -> None:
