@@ -47,6 +47,7 @@ class Plan:
     grid: Grid | None
     num_trained: int
     num_parameters: int
+    student_rows: float
     student_evaluations: float
     teachers: tuple[TeacherPlan, ...]
     pictures_per_update: int
@@ -69,12 +70,12 @@ def make_plan(parts: Parts) -> Plan:
     for settings, card in zip(recipe.teachers, parts.cards, strict=True):
         guidance = card.guidance_scale if settings.guidance_scale is None else settings.guidance_scale
         calls = forwards(parts, side_arguments(settings, visits * recipe.objective.substeps, guidance))
-        rows = len(parts.train_rows[card.name]), len(parts.test_rows[card.name])
+        prompts = len(parts.train_rows[card.name]), len(parts.test_rows[card.name])
         cost = asked * recipe.objective.substeps * calls
-        teachers.append(TeacherPlan(card.name, card.form, guidance, cost, *rows, settings.weight / total))
+        teachers.append(TeacherPlan(card.name, card.form, guidance, cost, *prompts, settings.weight / total))
     train = recipe.train
     tasks = {"all": len(recipe.teachers), "round_robin": 1}.get(train.tasks_per_update, train.tasks_per_update)
-    of_student = side_arguments(recipe.student, recipe.student.num_inference_steps)
+    rows = forwards(parts, side_arguments(recipe.student, recipe.student.num_inference_steps))
     trained, memory = _sizes(parts)
     return Plan(
         recipe=recipe,
@@ -83,7 +84,8 @@ def make_plan(parts: Parts) -> Plan:
         grid=parts.grid,
         num_trained=trained,
         num_parameters=base.num_parameters(),
-        student_evaluations=walked * forwards(parts, of_student),
+        student_rows=rows,
+        student_evaluations=walked * rows,
         teachers=tuple(teachers),
         pictures_per_update=tasks * train.batch_size * train.gradient_accumulation_steps,
         memory=memory,
@@ -229,7 +231,8 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
     what = f"LoRA, rank {student.rank}, alpha {student.lora_alpha}" if student.train == "lora" else "all weights"
     if student.init_weights:
         what = f"LoRA that starts as {student.init_weights}"
-    guidance = "without guidance" if student.guidance_scale <= 1 else f"guidance {student.guidance_scale:g}"
+    guidance = f"guidance {student.guidance_scale:g}"
+    guidance += f" ({plan.student_rows:g} {'row' if plan.student_rows == 1 else 'rows'} of the network a picture)"
     substeps = f", teacher in {objective.substeps} substeps" if objective.substeps > 1 else ""
     ends = [f"{train.max_train_steps} updates"] if train.max_train_steps else []
     ends += [f"{train.max_train_seconds:g} s"] if train.max_train_seconds else []

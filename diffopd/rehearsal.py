@@ -57,7 +57,7 @@ def rehearse(
     what their graph keeps is counted. Without it nothing is computed. Raises KeyError for a pipeline that is not in
     `TEXTS`, and what the pipeline itself raises for arguments that it refuses.
     """
-    pipeline = _pipeline(base, scheduler, trained or base.meta_denoiser)
+    pipeline = stock_pipeline(base, scheduler, trained or base.meta_denoiser)
     told = {**arguments, **stand_in_texts(base, arguments, batch_size), "output_type": "latent"}
     known = inspect.signature(type(pipeline).__call__).parameters
     told = {name: value for name, value in told.items() if name in known}
@@ -70,7 +70,7 @@ def rehearse(
     return result
 
 
-def _pipeline(base: Blueprint, scheduler: Any, denoiser: nn.Module) -> Any:
+def stock_pipeline(base: Blueprint, scheduler: Any, denoiser: nn.Module) -> Any:
     """The stock class over a meta denoiser and autoencoder, without text encoders; its own tensors are on the CPU."""
     import diffusers
 
