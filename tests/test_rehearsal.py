@@ -130,6 +130,26 @@ def test_the_graph_is_as_large_as_the_real_one(base, family, checkpointing):
     assert real > 20_000
 
 
+@pytest.mark.parametrize("family", ["sd", "sd3"])
+def test_the_graph_of_frozen_bf16_weights_is_as_large_as_the_real_one(base, family):
+    from diffopd.blueprint import add_lora_on_meta, build_on_meta
+    from diffopd.precision import answer_in_float32
+
+    arguments = told(family, "guided", height=64, width=64)
+    call = real_call(base(family), family, arguments, 2)
+    denoiser = denoiser_of(call.pipeline).to(torch.bfloat16)
+    add_adapter(denoiser, "student", rank=4, lora_alpha=4, target_modules=["to_q", "to_v"])
+    meta = build_on_meta(base(family).denoiser_config).to(torch.bfloat16)
+    add_lora_on_meta(meta, 4, ["to_q", "to_v"])
+    for parameter in meta.parameters():
+        parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
+    for module in (denoiser, meta):
+        answer_in_float32(module, torch.bfloat16)
+    real = kept_by_autograd(call)
+    made = rehearse(base(family), scheduler_of(base(family)), arguments, batch_size=2, trained=meta)
+    assert made.graph_bytes == pytest.approx(real, rel=0.1)
+
+
 def test_a_call_with_a_picture_or_of_an_unknown_pipeline_is_not_rehearsed(base):
     assert can_rehearse(base("klein"), {}) and not can_rehearse(base("klein"), {"image": "x.png"})
     import dataclasses
