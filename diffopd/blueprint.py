@@ -8,14 +8,13 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffopd.errors import UserError
-from diffopd.locate import find_pipeline
+from diffopd.locate import find_pipeline, shipped_configs
 from diffopd.teacher import file_sha256
 
 if TYPE_CHECKING:
@@ -28,11 +27,16 @@ BYTES = 4  # of a float32
 
 @dataclass(frozen=True)
 class Blueprint:
-    """A pipeline folder: its class, and the config of every component (component name -> config)."""
+    """A pipeline folder: its class, and the config of every component (component name -> config).
+
+    classes: component -> (library, class) as model_index.json says; options: its plain settings (is_distilled, ...).
+    """
 
     folder: Path
     pipeline_class: str
     configs: dict[str, dict[str, Any]]
+    classes: dict[str, tuple[str, str]] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
 
     @property
     def denoiser(self) -> str:
@@ -53,30 +57,48 @@ class Blueprint:
         """Parameters of the denoiser."""
         return sum(parameter.numel() for parameter in self.meta_denoiser.parameters())
 
+    def component_sizes(self) -> dict[str, int]:
+        """component -> its numbers: of its .safetensors files where there are some, else of its config on meta."""
+        files = self.weight_files()
+        held = {name: sum(map(num_values, files[name])) for name in files}
+        for name, config in self.configs.items():
+            if name not in held and "scheduler" not in name:
+                model = self.meta_denoiser if name == self.denoiser else build_component(self.classes[name], config)
+                held[name] = sum(parameter.numel() for parameter in model.parameters())
+        return held
+
     def weight_files(self) -> dict[str, list[Path]]:
         """component -> its .safetensors files, for components that have any."""
         found = {name: sorted((self.folder / name).glob("*.safetensors")) for name in self.configs}
         return {name: files for name, files in found.items() if files}
 
 
-def read_blueprint(name: str) -> Blueprint:
+def read_blueprint(name: str, *, shipped: bool = False) -> Blueprint:
     """The blueprint of a base by shelf name, path or hub id (of which only the configs are downloaded).
 
+    shipped: for a hub id take the configs that come with diffopd, if it has them, and ask no network.
     Raises UserError for a folder without model_index.json, with broken JSON, or without a denoiser.
     """
-    folder = find_pipeline(name, patterns=CONFIG_PATTERNS)
+    folder = shipped_configs(name) if shipped else None
+    folder = folder or find_pipeline(name, patterns=CONFIG_PATTERNS)
     index = read_json(folder / "model_index.json")
-    configs = {}
+    configs, classes, options = {}, {}, {}
     for component, value in index.items():
-        if component.startswith("_") or not isinstance(value, list) or value[0] is None:
+        if component.startswith("_"):
             continue
+        if not isinstance(value, list):
+            options[component] = value
+            continue
+        if value[0] is None:
+            continue
+        classes[component] = (value[0], value[1])
         for file in ("config.json", "scheduler_config.json"):
             if (folder / component / file).is_file():
                 configs[component] = read_json(folder / component / file)
     if not {"unet", "transformer"} & set(configs):
         raise UserError(f"{folder}: the pipeline has no unet and no transformer with a config.json. Save it anew.")
     kind = index.get("_class_name")
-    return Blueprint(folder, kind[-1] if isinstance(kind, list) else str(kind), configs)
+    return Blueprint(folder, kind[-1] if isinstance(kind, list) else str(kind), configs, classes, options)
 
 
 def pipeline_hashes(folder: Path) -> dict[str, str]:
@@ -126,6 +148,27 @@ def build_on_meta(config: dict[str, Any]) -> nn.Module:
         return kind.from_config(config).requires_grad_(False)
 
 
+def build_component(library_and_class: tuple[str, str], config: dict[str, Any]) -> nn.Module:
+    """Any component of a pipeline on the meta device. Raises UserError for a class that is not installed."""
+    import importlib
+
+    import diffusers
+    import torch
+
+    library, name = library_and_class
+    known = library in ("diffusers", "transformers")
+    module = importlib.import_module(library) if known else getattr(diffusers.pipelines, library, None)
+    kind = getattr(module, name, None)
+    if kind is None:
+        raise UserError(f"model_index.json names {library}.{name}, which is not installed. Install a newer {library}.")
+    with torch.device("meta"):
+        if known and library == "diffusers":
+            return kind.from_config(config).requires_grad_(False)
+        model = kind(kind.config_class.from_dict(config)).requires_grad_(False)
+    model.tie_weights()  # what the constructor shares is two tensors on the meta device
+    return model
+
+
 def lora_shapes(path: Path, denoiser: str) -> dict[str, tuple[int, int]]:
     """Module -> (inputs, outputs) of an adapter's layers for `denoiser`; empty for a layout not read here."""
     shapes, found = tensor_shapes(path), {}
@@ -161,28 +204,3 @@ def add_lora_on_meta(denoiser: nn.Module, rank: int, targets: list[str] | str) -
     with init_empty_weights(include_buffers=True):
         denoiser.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets), adapter_name="student")
     return sum(p.numel() for name, p in denoiser.named_parameters() if ".lora_" in name)
-
-
-def graph_bytes(unet: nn.Module, batch_size: int, tokens: int) -> int:
-    """Bytes that autograd keeps for one forward of a meta UNet2DConditionModel, weights aside."""
-    import torch
-
-    own = {parameter.untyped_storage()._cdata for parameter in unet.parameters()}
-    kept: dict[int, torch.Tensor] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()._cdata
-        if storage not in own:
-            kept[storage] = tensor  # held, so that no later storage takes its address
-        return tensor
-
-    config = unet.config
-    size = config.sample_size if isinstance(config.sample_size, (list, tuple)) else (config.sample_size,) * 2
-    empty: Callable[..., torch.Tensor] = lambda *shape: torch.zeros(*shape, device="meta")  # noqa: E731
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        unet(
-            empty(batch_size, config.in_channels, *size),
-            torch.tensor(1, device="meta"),
-            empty(batch_size, tokens, config.cross_attention_dim),
-        )
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())

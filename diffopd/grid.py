@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 from diffopd.blueprint import Blueprint
 from diffopd.errors import UserError, suggestion
-from diffopd.recipe import Recipe
+from diffopd.recipe import Recipe, StudentSettings, TeacherSettings
+from diffopd.settings import Location
 
 # Schedulers whose own step draws noise, whatever their settings.
 STOCHASTIC = ("DDPMScheduler", "LCMScheduler", "EulerAncestralDiscreteScheduler")
@@ -52,14 +55,18 @@ def path_name(scheduler: Any) -> str:
     return "vp" if is_vp else "flow"
 
 
-def grid_of(recipe: Recipe, scheduler: Any, num_inference_steps: int) -> Grid | None:
-    """The grid of a walk of so many steps, None where only the pipeline itself decides it.
+def grid_of(
+    recipe: Recipe, base: Blueprint, scheduler: Any, num_inference_steps: int, *, teacher: int | None = None
+) -> Grid | None:
+    """The grid of the student's walk (or of a teacher's, by its index) in so many steps.
 
-    Raises UserError for a number of steps that the scheduler refuses.
+    None where only the pipeline itself decides it and cannot be rehearsed. Raises UserError for a number of steps or
+    arguments that scheduler or pipeline refuse.
     """
-    explicit = {key: recipe.student.call[key] for key in ("timesteps", "sigmas") if key in recipe.student.call}
-    if explicit or path_name(scheduler) == "flow":
-        return None
+    side = recipe.student if teacher is None else recipe.teachers[teacher]
+    location = ("student",) if teacher is None else ("teachers", teacher)
+    if path_name(scheduler) == "flow" or {"timesteps", "sigmas"} & set(side.call):
+        return _rehearsed_grid(recipe, base, scheduler, side_arguments(side, num_inference_steps), location)
     try:
         scheduler.set_timesteps(num_inference_steps)
     except ValueError as error:
@@ -68,28 +75,74 @@ def grid_of(recipe: Recipe, scheduler: Any, num_inference_steps: int) -> Grid | 
             f"{num_inference_steps} steps: {error}"
         ) from error
     timesteps = tuple(float(t) for t in scheduler.timesteps)
-    levels = [max(0.0, 1.0 - float(scheduler.alphas_cumprod[int(t)])) ** 0.5 for t in timesteps]
-    return Grid(timesteps, tuple(levels))
+    return Grid(timesteps, _vp_levels(scheduler, timesteps))
 
 
-def check_nesting(recipe: Recipe, scheduler: Any, grid: Grid) -> None:
-    """A teacher that takes m substeps must stand at every state of the student. UserError otherwise."""
+def side_arguments(
+    side: StudentSettings | TeacherSettings, num_inference_steps: int, guidance_scale: float | None = None
+) -> dict[str, Any]:
+    """What the call of one side is told, prompts aside. guidance_scale: a teacher's, where its card gives it."""
+    scale = side.guidance_scale if guidance_scale is None else guidance_scale
+    told = {"num_inference_steps": num_inference_steps, "guidance_scale": 1.0 if scale is None else scale, **side.call}
+    negative = side.negative_prompt if isinstance(side, StudentSettings) else ""
+    return told | ({"negative_prompt": negative} if negative else {})
+
+
+def _rehearsed_grid(
+    recipe: Recipe, base: Blueprint, scheduler: Any, arguments: dict[str, Any], location: Location
+) -> Grid | None:
+    """The grid that the pipeline's own code makes of a call: its shift may depend on the resolution."""
+    from diffopd.rehearsal import can_rehearse, rehearse
+
+    if not can_rehearse(base, arguments):
+        return None
+    try:
+        made = rehearse(base, scheduler, arguments)
+    except (TypeError, ValueError, AttributeError) as error:
+        place = recipe.place(*location, "call")
+        raise UserError(
+            f"{place}: {base.pipeline_class} cannot be called like this with a {type(scheduler).__name__}: {error} "
+            "Correct the side's call, or student.scheduler."
+        ) from error
+    levels = made.sigmas if path_name(scheduler) == "flow" else _vp_levels(scheduler, made.timesteps)
+    return Grid(made.timesteps, levels)
+
+
+def _vp_levels(scheduler: Any, timesteps: tuple[float, ...]) -> tuple[float, ...]:
+    return tuple(max(0.0, 1.0 - float(scheduler.alphas_cumprod[int(t)])) ** 0.5 for t in timesteps)
+
+
+def check_nesting(recipe: Recipe, base: Blueprint, scheduler: Any, grid: Grid) -> None:
+    """Every teacher, in m substeps between two states, must stand at each state of the student. UserError otherwise."""
     steps, many = recipe.student.num_inference_steps, recipe.objective.substeps
     place = recipe.place("objective", "substeps")
-    if len(grid.timesteps) != steps:
+    if many > 1 and len(grid.timesteps) != steps:
         raise UserError(
             f"{place}: {type(scheduler).__name__} calls its step {len(grid.timesteps)} times for {steps} "
             "steps, and substeps need one call a step. Take another scheduler or substeps = 1."
         )
-    fine = grid_of(recipe, scheduler, steps * many)
-    missed = [t for i, t in enumerate(grid.timesteps) if abs(fine.timesteps[i * many] - t) > 1e-3]
-    if missed:
-        raise UserError(
-            f"{place}: the teacher's grid of {steps} x {many} = {steps * many} steps does not contain the "
-            f"student's timestep {missed[0]:g} (student: {_shown(grid.timesteps)}; teacher: "
-            f'{_shown(fine.timesteps[::many])} at its anchors). Set student.scheduler.timestep_spacing = "trailing", '
-            f"with a number of steps that divides {scheduler.config.num_train_timesteps}, or substeps = 1."
+    for index, teacher in enumerate(recipe.teachers):
+        fine = grid_of(recipe, base, scheduler, steps * many, teacher=index)
+        anchors = fine.timesteps[::many] if fine else grid.timesteps
+        missed = [t for t, at in zip_longest(grid.timesteps, anchors, fillvalue=-1.0) if abs(at - t) > 1e-3]
+        if missed:
+            raise UserError(
+                f"{place}: the grid of teacher {Path(teacher.name).name!r}, {steps} x {many} = {steps * many} steps, "
+                f"does not contain the student's timestep {missed[0]:g} (student: {_shown(grid.timesteps)}; teacher: "
+                f"{_shown(anchors)} at its anchors). {_nesting_remedy(scheduler)}"
+            )
+
+
+def _nesting_remedy(scheduler: Any) -> str:
+    if path_name(scheduler) == "flow":
+        return (
+            "Give both sides explicit levels that nest (student.call.sigmas, and call.sigmas of the teacher with "
+            "substeps times as many), a scheduler without shift_terminal, or substeps = 1."
         )
+    return (
+        'Set student.scheduler.timestep_spacing = "trailing", with a number of steps that divides '
+        f"{scheduler.config.num_train_timesteps}, or substeps = 1."
+    )
 
 
 def _shown(timesteps: tuple[float, ...]) -> str:
@@ -102,7 +155,7 @@ def check_walk(recipe: Recipe, base: Blueprint) -> Grid | None:
     Returns the student's grid, None where only the pipeline decides it. Raises UserError for what does not fit.
     """
     scheduler = make_scheduler(recipe, base)
-    grid = grid_of(recipe, scheduler, recipe.student.num_inference_steps)
+    grid = grid_of(recipe, base, scheduler, recipe.student.num_inference_steps)
     visits = len(grid.timesteps) if grid else recipe.student.num_inference_steps
     _check_step_settings(recipe, visits)
     _check_solver(recipe, scheduler)
@@ -111,8 +164,7 @@ def check_walk(recipe: Recipe, base: Blueprint) -> Grid | None:
     _check_noise_objective(recipe, scheduler, grid, visits)
     if grid:
         _check_first_state(recipe, scheduler, grid)
-        if recipe.objective.substeps > 1:
-            check_nesting(recipe, scheduler, grid)
+        check_nesting(recipe, base, scheduler, grid)
     return grid
 
 
@@ -218,7 +270,7 @@ def _asks_at(query: str | dict[str, Any], index: int, visits: int) -> bool:
 
 def _check_first_state(recipe: Recipe, scheduler: Any, grid: Grid) -> None:
     """At sigma = 1 on the variance-preserving path alpha is 0: the noise is known, the picture is not."""
-    if grid.sigmas[0] < 1.0 - 1e-7:
+    if path_name(scheduler) == "flow" or grid.sigmas[0] < 1.0 - 1e-7:
         return
     if scheduler.config.prediction_type == "epsilon":
         raise UserError(

@@ -7,6 +7,7 @@ is a hub id where no such local path exists.
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ PACKAGE = Path(__file__).resolve().parent
 
 @dataclass(frozen=True)
 class HubId:
-    """A repository on the hub, a folder in it and a revision (None: the default branch)."""
+    """A repository on the hub, a folder (or .safetensors file) in it and a revision (None: the default branch)."""
 
     repo: str
     subfolder: str = ""
@@ -81,7 +82,8 @@ def find_recipe(name: str) -> Path:
         path = Path(name).expanduser()
         path = path / "distill.toml" if path.is_dir() else path
         if not path.is_file():
-            raise UserError(f"{path}: there is no such recipe file.{suggestion(Path(name).stem, recipe_names())}")
+            near = nearest_sibling(path) or suggestion(Path(name).stem, recipe_names())
+            raise UserError(f"{path}: there is no such recipe file.{near}")
         return path.absolute()
     top = shelf("teachers")
     for path in (top / f"{name}.toml", top / name / "distill.toml"):
@@ -126,26 +128,48 @@ def find_pipeline(name: str, relative_to: Path | None = None, *, patterns: list[
         folder = Path(absolute(name, relative_to or Path.cwd()))
         hub = parse_hub_id(name)
         if hub and not folder.is_dir():
-            return download(hub, patterns)
-        hint = " Give a folder that a diffusers pipeline was saved to."
+            return download(hub, patterns, local=(relative_to or Path.cwd()) / name)
+        hint = f"{nearest_sibling(folder)} Give a folder that a diffusers pipeline was saved to."
     if not (folder / "model_index.json").is_file():
         raise UserError(f"{name}: there is no pipeline with a model_index.json at {folder}.{hint}")
     return folder
 
 
-def download(hub: HubId, patterns: list[str] | None = None) -> Path:
-    """The local copy of a hub repository's (sub)folder. Raises UserError when it cannot be had."""
+def shipped_configs(name: str) -> Path | None:
+    """The folder of configs that comes with the package for a hub id, None where there is none. No weights in it."""
+    folder = PACKAGE / "configs" / name.partition("@")[0]
+    return folder if parse_hub_id(name) and (folder / "model_index.json").is_file() else None
+
+
+def nearest_sibling(path: Path) -> str:
+    """' Did you mean "x"?' for what lies where a missing local path should, "" where nothing near does."""
+    while not path.parent.is_dir() and path.parent != path.parent.parent:
+        path = path.parent
+    if path.exists() or not path.parent.is_dir():
+        return ""
+    entries = [entry.name for entry in path.parent.iterdir() if not entry.name.startswith(".")]
+    near = difflib.get_close_matches(path.name, entries, n=1, cutoff=0.6)
+    return f' Did you mean "{path.parent / near[0]}"?' if near else ""
+
+
+def download(hub: HubId, patterns: list[str] | None = None, *, local: Path | None = None) -> Path:
+    """The local copy of a hub repository's (sub)folder or file. Raises UserError when it cannot be had.
+
+    local: the path that the same text would be; where something near it exists, the error offers that.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     prefix = f"{hub.subfolder}/" if hub.subfolder else ""
     wanted = [prefix + pattern for pattern in patterns or ["*"]]
+    if hub.subfolder.endswith(".safetensors"):  # one file of a repository that may hold many
+        wanted = [hub.subfolder]
     try:
         top = snapshot_download(hub.repo, revision=hub.revision, allow_patterns=wanted)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        near = nearest_sibling(local) if local else ""
         raise UserError(
-            f"{hub.repo}: no local folder of this name, and the hub did not give it "
-            f"({type(error).__name__}). Check the path or id, log in with `hf auth login` for a gated one, or unset "
-            "HF_HUB_OFFLINE."
+            f"{hub.repo}: no local folder of this name, and the hub did not give it ({type(error).__name__}).{near} "
+            "Check the path or id, log in with `hf auth login` for a gated one, or unset HF_HUB_OFFLINE."
         ) from error
     return Path(top) / hub.subfolder

@@ -7,14 +7,16 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from diffopd.blueprint import BYTES, Blueprint, graph_bytes, num_values
-from diffopd.grid import Grid
+from diffopd.blueprint import BYTES, num_values
+from diffopd.grid import Grid, make_scheduler, side_arguments
 from diffopd.preflight import Parts, lora_size
 from diffopd.recipe import Recipe
-from diffopd.teacher import weight_files
+from diffopd.teacher import TeacherCard, weight_files
 
 if TYPE_CHECKING:
+    import torch
     from rich.console import RenderableType
+    from torch import nn
 
 QUERY_DRAWS = 256  # draws over which the cost of a random query is averaged
 
@@ -34,9 +36,9 @@ class TeacherPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """The resolved plan. Evaluations are denoiser forwards per picture of one walk; guidance counts double.
+    """The resolved plan. Evaluations are denoiser forwards per picture of one walk; guidance may count double.
 
-    memory: bytes per item, float32; its graph entry is absent for denoisers that cannot be measured.
+    memory: bytes per item; its graph entry is absent for pipelines that cannot be rehearsed.
     """
 
     recipe: Recipe
@@ -45,6 +47,7 @@ class Plan:
     grid: Grid | None
     num_trained: int
     num_parameters: int
+    student_rows: float
     student_evaluations: float
     teachers: tuple[TeacherPlan, ...]
     pictures_per_update: int
@@ -66,11 +69,13 @@ def make_plan(parts: Parts) -> Plan:
     teachers = []
     for settings, card in zip(recipe.teachers, parts.cards, strict=True):
         guidance = card.guidance_scale if settings.guidance_scale is None else settings.guidance_scale
-        cost = asked * recipe.objective.substeps * forwards(base, guidance)
-        rows = len(parts.train_rows[card.name]), len(parts.test_rows[card.name])
-        teachers.append(TeacherPlan(card.name, card.form, guidance, cost, *rows, settings.weight / total))
+        calls = forwards(parts, side_arguments(settings, visits * recipe.objective.substeps, guidance))
+        prompts = len(parts.train_rows[card.name]), len(parts.test_rows[card.name])
+        cost = asked * recipe.objective.substeps * calls
+        teachers.append(TeacherPlan(card.name, card.form, guidance, cost, *prompts, settings.weight / total))
     train = recipe.train
     tasks = {"all": len(recipe.teachers), "round_robin": 1}.get(train.tasks_per_update, train.tasks_per_update)
+    rows = forwards(parts, side_arguments(recipe.student, recipe.student.num_inference_steps))
     trained, memory = _sizes(parts)
     return Plan(
         recipe=recipe,
@@ -79,20 +84,26 @@ def make_plan(parts: Parts) -> Plan:
         grid=parts.grid,
         num_trained=trained,
         num_parameters=base.num_parameters(),
-        student_evaluations=walked * forwards(base, recipe.student.guidance_scale),
+        student_rows=rows,
+        student_evaluations=walked * rows,
         teachers=tuple(teachers),
         pictures_per_update=tasks * train.batch_size * train.gradient_accumulation_steps,
         memory=memory,
     )
 
 
-def forwards(base: Blueprint, guidance_scale: float) -> int:
-    """Denoiser evaluations per picture and state: 2 under classifier-free guidance."""
-    config = base.denoiser_config
-    if config.get("guidance_embeds") or config.get("time_cond_proj_dim"):  # guidance is an input there
-        return 1
-    threshold = 0.0 if base.pipeline_class.startswith("ZImage") else 1.0
-    return 2 if guidance_scale > threshold else 1
+def forwards(parts: Parts, arguments: dict[str, Any]) -> float:
+    """Denoiser rows per picture and state of a call with `arguments`, counted on the pipeline's own code.
+
+    Guidance costs a second row in one call, a second call, or nothing, as the family has it. For a pipeline that
+    cannot be rehearsed it is taken to cost a second row above a guidance_scale of 1.
+    """
+    from diffopd.rehearsal import can_rehearse, rehearse
+
+    if not can_rehearse(parts.base, arguments):
+        return 2 if arguments["guidance_scale"] > 1 else 1
+    rows = rehearse(parts.base, make_scheduler(parts.recipe, parts.base), arguments).rows
+    return sum(rows) / len(rows)
 
 
 def visited(recipe: Recipe, visits: int) -> tuple[float, float]:
@@ -108,52 +119,84 @@ def visited(recipe: Recipe, visits: int) -> tuple[float, float]:
 
 
 def _sizes(parts: Parts) -> tuple[int, dict[str, int]]:
-    """(trained parameters, bytes per item of memory)."""
+    """(trained parameters, bytes per item of memory while the loop runs)."""
+    import torch
+
+    from diffopd.precision import DTYPES, answer_in_float32
+
     recipe, base = parts.recipe, parts.base
-    student = recipe.student
-    trunk = base.num_parameters()
-    files = base.weight_files()
-    others = sum(num_values(file) for name, held in files.items() if name != base.denoiser for file in held)
+    train, frozen = recipe.train, DTYPES[recipe.train.frozen_dtype]
     denoiser = copy.deepcopy(base.meta_denoiser)
-    trained = trunk
-    if student.train == "full":
+    if recipe.student.train == "full":
+        trained = base.num_parameters()
         denoiser.requires_grad_(True)
     else:
+        denoiser.to(frozen)
         trained = lora_size(recipe, denoiser)
-    averages = int(recipe.train.ema_decay > 0) + sum(card.form == "ema" for card in parts.cards)
-    fused = trunk if recipe.train.fuse_teachers else 0
-    memory = {
-        "base denoiser": BYTES * trunk,
-        "its other components": BYTES * others,
-        "teachers": BYTES * sum(_teacher_size(card, fused) for card in parts.cards),
+        for parameter in denoiser.parameters():
+            parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
+    averages = int(train.ema_decay > 0) + sum(card.form == "ema" for card in parts.cards)
+    memory = {f"base {name}": size * _bytes_of(name, frozen) for name, size in _resident(parts).items()}
+    memory |= {
+        "teachers": _teachers(parts, trained, frozen),
         "trained weights": BYTES * trained,
         "gradients and AdamW": 3 * BYTES * trained,
         "averages": BYTES * trained * averages,
     }
+    if frozen is not torch.float32:
+        answer_in_float32(denoiser, frozen)
     graph = _graph(parts, denoiser)
     memory |= {"graph of one state": graph} if graph is not None else {}
     return trained, {name: size for name, size in memory.items() if size}
 
 
-def _teacher_size(card: Any, fused: int) -> int:
-    if fused and card.form == "lora":
-        return fused
-    if card.weights is None or card.hub_weights:
+def _resident(parts: Parts) -> dict[str, int]:
+    """component -> its numbers, for what stays while the loop runs: released encoders and VAE do not."""
+    train, held = parts.recipe.train, parts.base.component_sizes()
+    if train.text_encoders != "released":
+        return held
+    gone = ("text_encoder",) if parts.recipe.objective.states == "data" else ("text_encoder", "vae")
+    return {name: size for name, size in held.items() if not name.startswith(gone)}
+
+
+def _bytes_of(component: str, frozen: torch.dtype) -> int:
+    return BYTES if component == "vae" else frozen.itemsize  # the VAE stays in float32
+
+
+def _teachers(parts: Parts, adapter: int, frozen: torch.dtype) -> int:
+    """Bytes that teachers add to the device: adapters all, own denoisers all or, offloaded, the largest alone."""
+    own = [_teacher_size(parts, card, adapter) * frozen.itemsize for card in parts.cards if _has_own(parts, card)]
+    adapters = [_teacher_size(parts, card, adapter) for card in parts.cards if not _has_own(parts, card)]
+    return (max(own, default=0) if parts.recipe.train.offload_teachers else sum(own)) + BYTES * sum(adapters)
+
+
+def _has_own(parts: Parts, card: TeacherCard) -> bool:
+    return card.form == "full" or (card.form == "lora" and parts.recipe.train.fuse_teachers)
+
+
+def _teacher_size(parts: Parts, card: TeacherCard, adapter: int) -> int:
+    """Numbers that a teacher adds; an adapter on the hub, whose size is not known yet, is taken to be `adapter`."""
+    if card.weights is None:
         return 0
+    if card.hub_weights or _has_own(parts, card):
+        return parts.base.num_parameters() if _has_own(parts, card) else adapter
     return sum(num_values(file) for file in weight_files(card.weights_path()))
 
 
-def _graph(parts: Parts, denoiser: Any) -> int | None:
-    """Measured for a UNet whose inputs are sample, timestep and text; None for all others."""
+def _graph(parts: Parts, denoiser: nn.Module) -> int | None:
+    """Bytes that the backward of one state of one micro-batch needs; None for a pipeline that cannot be rehearsed."""
+    from diffopd.rehearsal import can_rehearse, rehearse
+
     base, recipe = parts.base, parts.recipe
-    if base.denoiser_config.get("_class_name") != "UNet2DConditionModel" or denoiser.config.addition_embed_type:
+    arguments = side_arguments(recipe.student, recipe.student.num_inference_steps)
+    if not can_rehearse(base, arguments):
         return None
-    denoiser.train()
     if recipe.train.gradient_checkpointing:
+        denoiser.train()
         denoiser.enable_gradient_checkpointing()
-    rows = recipe.train.batch_size * forwards(base, recipe.student.guidance_scale)
-    tokens = base.configs.get("text_encoder", {}).get("max_position_embeddings", 77)
-    return graph_bytes(denoiser, rows, tokens)
+    scheduler = make_scheduler(recipe, base)
+    # Under train.mixed_precision activations are smaller than this: it is counted without autocast.
+    return rehearse(base, scheduler, arguments, batch_size=recipe.train.batch_size, trained=denoiser).graph_bytes
 
 
 def render(plan: Plan) -> RenderableType:
@@ -177,7 +220,8 @@ def render(plan: Plan) -> RenderableType:
         memory.add_row(name, readable(size))
     memory.add_row("sum", readable(sum(plan.memory.values())), style="bold")
     title = f"Plan of {plan.recipe.name} ({plan.recipe.path})"
-    heading = "Memory, float32" + ("" if "graph of one state" in plan.memory else ", without activations")
+    heading = f"Memory while training, frozen weights in {plan.recipe.train.frozen_dtype}"
+    heading += "" if "graph of one state" in plan.memory else ", without activations"
     return Group(Text(title, "bold"), facts, Text(""), teachers, Text(""), Text(heading, "bold"), memory)
 
 
@@ -187,7 +231,8 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
     what = f"LoRA, rank {student.rank}, alpha {student.lora_alpha}" if student.train == "lora" else "all weights"
     if student.init_weights:
         what = f"LoRA that starts as {student.init_weights}"
-    guidance = "without guidance" if student.guidance_scale <= 1 else f"guidance {student.guidance_scale:g}"
+    guidance = f"guidance {student.guidance_scale:g}"
+    guidance += f" ({plan.student_rows:g} {'row' if plan.student_rows == 1 else 'rows'} of the network a picture)"
     substeps = f", teacher in {objective.substeps} substeps" if objective.substeps > 1 else ""
     ends = [f"{train.max_train_steps} updates"] if train.max_train_steps else []
     ends += [f"{train.max_train_seconds:g} s"] if train.max_train_seconds else []

@@ -22,7 +22,7 @@ from diffopd.blueprint import (
 from diffopd.data import PromptRow, check_tasks, read_prompts
 from diffopd.errors import UserError, suggestion
 from diffopd.grid import Grid, check_walk
-from diffopd.locate import find_pipeline
+from diffopd.locate import PACKAGE, find_pipeline, nearest_sibling
 from diffopd.quantize import check_quantization
 from diffopd.recipe import Recipe
 from diffopd.teacher import (
@@ -75,18 +75,22 @@ class Parts:
 def check(recipe: Recipe, *, hash_weights: bool = False) -> Parts:
     """Check a recipe against the files it names. hash_weights also reads the bytes of the weights.
 
+    Without it, no network is asked for a base whose configs come with diffopd: they are enough for a plan.
+
     Raises UserError for the first thing that is wrong, naming its place, what is allowed and what to do.
     """
-    base = _base(recipe)
+    base = _base(recipe, shipped=not hash_weights)
     cards = _cards(recipe)
     train, test = _prompts(recipe, cards)
+    _check_pictures(recipe, cards, train, test)
+    _check_resolutions(recipe)
     for card in cards:
         load_reward(card.reward, card.folder)
     _check_packages(recipe)
     _check_call_arguments(recipe, base)
     grid = check_walk(recipe, base)
     for index, card in enumerate(cards):
-        _check_teacher(recipe, index, card, base)
+        _check_teacher(recipe, index, card, base, shipped=not hash_weights)
     _check_warm_start(recipe, base)
     if recipe.student.train == "lora" and not recipe.student.init_weights:
         lora_size(recipe, copy.deepcopy(base.meta_denoiser))
@@ -95,10 +99,10 @@ def check(recipe: Recipe, *, hash_weights: bool = False) -> Parts:
     return Parts(recipe, base, cards, train, test, grid, hashes)
 
 
-def _base(recipe: Recipe) -> Blueprint:
+def _base(recipe: Recipe, *, shipped: bool) -> Blueprint:
     place = recipe.place("student", "pretrained_model_name_or_path")
     try:
-        base = read_blueprint(recipe.student.pretrained_model_name_or_path)
+        base = read_blueprint(recipe.student.pretrained_model_name_or_path, shipped=shipped)
     except UserError as error:
         raise UserError(f"{place}: {error}") from error
     _refuse_pickles(base, place)
@@ -121,7 +125,7 @@ def _refuse_pickles(base: Blueprint, place: str) -> None:
 
 
 def _is_hub_snapshot(folder: Path) -> bool:
-    return "snapshots" in folder.parts
+    return "snapshots" in folder.parts or folder.is_relative_to(PACKAGE / "configs")
 
 
 def _cards(recipe: Recipe) -> tuple[TeacherCard, ...]:
@@ -163,6 +167,41 @@ def _prompts(
             check_tasks(rows, Path(path), card.name, names)
             read[split][card.name] = rows
     return read["train"], read["test"]
+
+
+def _check_pictures(
+    recipe: Recipe, cards: tuple[TeacherCard, ...], train: dict[str, list[PromptRow]], test: dict[str, list[PromptRow]]
+) -> None:
+    """objective.states = "data" noises pictures: every row that may be drawn must name one that is there."""
+    if recipe.objective.states != "data":
+        return
+    checked = recipe.train.batch_size if recipe.train.validate_every else 0
+    for card in cards:
+        for path, rows in ((card.prompts.train, train[card.name]), (card.prompts.test, test[card.name][:checked])):
+            for number, row in enumerate(rows, start=1):
+                name = row.metadata.get("file_name")
+                if not isinstance(name, str):
+                    place = recipe.place("objective", "states")
+                    raise UserError(
+                        f"{path}:{number}: the row names no picture, and {place} asks for "
+                        'states = "data". Add "file_name" (a path from the prompt file) to every row of a .jsonl '
+                        'file, or set objective.states = "student".'
+                    )
+                if not Path(name).is_file():
+                    raise UserError(f"{path}:{number}: there is no picture {name}.{nearest_sibling(Path(name))}")
+
+
+def _check_resolutions(recipe: Recipe) -> None:
+    """All sides draw at one size: a call without height and width has the pipeline's default, whatever others say."""
+    for index, teacher in enumerate(recipe.teachers):
+        for key in ("height", "width", "num_frames"):
+            mine, others = teacher.call.get(key), recipe.student.call.get(key)
+            if mine != others:
+                place, name = recipe.place("teachers", index, "call", key), Path(teacher.name).name
+                raise UserError(
+                    f"{place}: teacher {name!r} is called with {key} = {mine or 'the default'}, the student with "
+                    f"{others or 'the default'}. All sides draw at one size: give both the same {key} in their call."
+                )
 
 
 def _check_packages(recipe: Recipe) -> None:
@@ -242,11 +281,11 @@ def _check_evaluation(recipe: Recipe, rows: dict[str, list[PromptRow]]) -> None:
             )
 
 
-def _check_teacher(recipe: Recipe, index: int, card: TeacherCard, base: Blueprint) -> None:
+def _check_teacher(recipe: Recipe, index: int, card: TeacherCard, base: Blueprint, *, shipped: bool) -> None:
     """The teacher stands on the student's architecture and latent space, and its weights can be loaded."""
     place = recipe.place("teachers", index, "name")
     try:
-        own = read_blueprint(card.base)
+        own = read_blueprint(card.base, shipped=shipped)
     except UserError as error:
         raise UserError(f"{card.place('base')}: {error}") from error
     if own.folder.resolve() != base.folder.resolve():

@@ -6,7 +6,7 @@ import re
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -19,7 +19,12 @@ DECODE_PLACE = re.compile(r"\s*\(at line (\d+), column \d+\)")
 
 
 class Settings(BaseModel):
-    """Base of all settings: frozen, no unknown keys, no silent conversion, finite numbers only."""
+    """Base of all settings: frozen, no unknown keys, no silent conversion, finite numbers only.
+
+    can_override: whether `--set` reaches these settings; if not, errors do not offer it.
+    """
+
+    can_override: ClassVar[bool] = True
 
     model_config = ConfigDict(
         frozen=True,
@@ -132,7 +137,7 @@ def _explain(model: type[Settings], details: dict[str, Any], source: Source) -> 
         options = [option.strip().strip("'") for option in re.split(",| or ", details["ctx"]["expected"])]
         return f"{place}: {shown} is not allowed.{suggestion(str(given), options)}"
     allowed = details["msg"].replace("Input should be", "it must be").replace("Input should", "it must")
-    remedy = f"Change it there or with --set {name}=VALUE"
+    remedy = "Change it there" + (f" or with --set {name}=VALUE" if model.can_override else "")
     return f"{place}: {shown} is not allowed: {_lower_first(allowed)}. {remedy}."
 
 

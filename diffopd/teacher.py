@@ -7,13 +7,13 @@ import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PrivateAttr, model_validator
 
 from diffopd.data import prompt_file
 from diffopd.errors import UserError, suggestion
-from diffopd.locate import HubId, absolute, download, find_teacher, is_path, parse_hub_id
+from diffopd.locate import HubId, absolute, download, find_teacher, is_path, nearest_sibling, parse_hub_id
 from diffopd.settings import Settings, Source, read_toml, validated
 
 Reward = Callable[[list[Any], list[str], list[dict[str, Any]]], Any]
@@ -29,6 +29,8 @@ class TeacherPrompts(Settings):
 
 class TeacherCard(Settings):
     """form: an adapter, a full denoiser, the base with adapters off, or the student's average."""
+
+    can_override: ClassVar[bool] = False
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
     base: str
@@ -141,8 +143,8 @@ def find_weights(spec: str, folder: Path, place: str) -> Path:
         )
     if not weight_files(path):
         raise UserError(
-            f"{place}: no .safetensors at {path}. Give the weights' file, or the folder they were saved to with "
-            "save_lora_weights or save_pretrained."
+            f"{place}: no .safetensors at {path}.{nearest_sibling(path)} Give the weights' file, or the folder they "
+            "were saved to with save_lora_weights or save_pretrained."
         )
     return path
 

@@ -1,6 +1,7 @@
 """What the grid's checks know of the flow-matching scheduler, before any weight is loaded."""
 
 import pytest
+import rehearsed
 import tiny
 
 from diffopd.errors import UserError
@@ -15,10 +16,15 @@ NOISE, LATER = "objective.name=noise", "objective.query={indices=[1]}"
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory, tiny_sd, tiny_teachers):
-    """Checks the tiny recipe with options; the reason where it is refused, "" where it passes."""
-    path = tiny.write_recipe(tmp_path_factory.mktemp("grid") / "tiny.toml", tiny_sd, tiny_teachers)
+    """Checks a tiny recipe with options, of SD3 for the scheduler that is its own; the reason of a refusal, or ""."""
+    folder = tmp_path_factory.mktemp("grid")
+    rehearsed.pipeline("sd3").save_pretrained(folder / "sd3")
+    itself = tiny.write_teacher(folder / "itself", folder / "sd3", form="base")
+    of_sd = tiny.write_recipe(folder / "tiny.toml", tiny_sd, tiny_teachers)
+    of_sd3 = tiny.write_recipe(folder / "sd3.toml", folder / "sd3", [itself])
 
     def checked(*options: str) -> str:
+        path = of_sd if BELOW in options else of_sd3
         try:
             check(read_recipe(path, list(options)))
         except UserError as error:
@@ -39,3 +45,26 @@ def test_a_flow_scheduler_that_renoises_draws_noise_and_the_plain_one_does_not(r
     assert recipe(*kl, RENOISED) == ""
     assert "draws no noise" in recipe(*kl, FLOW)
     assert "undefined at the last step" in recipe("objective.name=kl", RENOISED)
+
+
+def test_the_grid_of_a_flow_pipeline_is_known_before_weights_and_depends_on_the_call(tmp_path):
+    rehearsed.pipeline("flux").save_pretrained(tmp_path / "flux")
+    itself = tiny.write_teacher(tmp_path / "itself", tmp_path / "flux", form="base")
+    path = tiny.write_recipe(tmp_path / "flux.toml", tmp_path / "flux", [itself])
+
+    def grid(*options):
+        return check(read_recipe(path, list(options))).grid
+
+    small = ["student.call={height=16, width=16}", "teachers.itself.call={height=16, width=16}"]
+    large = [option.replace("16", "256") for option in small]
+    assert grid(*small).sigmas[0] == grid(*large).sigmas[0] == 1.0
+    assert grid(*small).sigmas[1] < grid(*large).sigmas[1]  # the shift grows with the number of tokens
+    explicit = [option.replace("width=16", "width=16, sigmas=[1.0, 0.25]") for option in small]
+    assert grid(*explicit).sigmas[1] < grid(*small).sigmas[1]
+    with pytest.raises(UserError, match="teacher 'itself'.* does not contain the student's timestep"):
+        grid(explicit[0], small[1])
+
+
+def test_a_pipeline_that_cannot_run_with_a_scheduler_is_refused(tiny_recipe):
+    with pytest.raises(UserError, match="cannot be called like this with a FlowMatchEulerDiscreteScheduler"):
+        check(read_recipe(tiny_recipe, [FLOW]))

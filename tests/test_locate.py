@@ -91,6 +91,31 @@ def test_a_hub_id_that_cannot_be_had_says_what_was_tried(monkeypatch):
         find_pipeline("nobody/nothing")
 
 
+def test_a_mistyped_path_gets_the_nearest_thing_beside_it(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    (tmp_path / "bases" / "emoji-small").mkdir(parents=True)
+    (tmp_path / "mine.toml").write_text("")
+    for find in (
+        lambda: find_pipeline(str(tmp_path / "bases" / "emoji-smal")),
+        lambda: find_pipeline("bases/emojy-small", tmp_path),  # would be a hub id as well
+        lambda: find_pipeline(str(tmp_path / "base" / "emoji-small")),
+    ):
+        with pytest.raises(UserError, match=r'Did you mean ".*/bases'):
+            find()
+    with pytest.raises(UserError, match=r'Did you mean ".*/mine.toml"'):
+        find_recipe(str(tmp_path / "mime.toml"))
+
+
+def test_a_file_of_a_hub_repository_is_downloaded_alone(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda repo, **told: asked.append((repo, told)) or tmp_path
+    )
+    found = locate.download(HubId("owner/repo", "4steps.safetensors"), ["*.safetensors", "*.json"])
+    assert found == tmp_path / "4steps.safetensors"
+    assert asked == [("owner/repo", {"revision": None, "allow_patterns": ["4steps.safetensors"]})]
+
+
 def test_a_folder_without_a_pipeline_is_refused(tmp_path):
     with pytest.raises(UserError, match="model_index.json"):
         find_pipeline(str(tmp_path))

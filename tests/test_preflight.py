@@ -261,3 +261,28 @@ def edit(folder, before, after):
     text = path.read_text()
     assert before in text
     path.write_text(text.replace(before, after))
+
+
+def test_pictures_of_data_states_are_checked_before_anything_is_written(recipe_file, teachers, tmp_path):
+    data = "objective.states=data"
+    train = teachers[0] / "prompts" / "train.jsonl"
+    assert f"{train}:1: the row names no picture" in refusal(recipe_file, data)
+    rows = [{"prompt": f"dot {n}", "file_name": "dot.png"} for n in range(3)]
+    (train.parent / "dots.png").write_bytes(b"")
+    for teacher in teachers:
+        file = teacher / "prompts" / "train.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = refusal(recipe_file, data)
+    assert f"{train}:1: there is no picture" in text and f'Did you mean "{train.parent / "dots.png"}"?' in text
+    for teacher in teachers:
+        (teacher / "prompts" / "dot.png").write_bytes(b"")
+    check(read_recipe(recipe_file, [data]))
+    assert "test.jsonl:1: the row names no picture" in refusal(recipe_file, data, "train.validate_every=1")
+    assert not (tmp_path / "run").exists()
+
+
+def test_all_sides_draw_at_one_size(recipe_file):
+    size = "student.call={height=32}"
+    text = refusal(recipe_file, size)
+    assert "teacher 'dots' is called with height = the default, the student with 32" in text
+    check(read_recipe(recipe_file, [size, *(f"teachers.{name}.call={{height=32}}" for name in ("dots", "lines"))]))

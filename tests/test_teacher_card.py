@@ -67,6 +67,13 @@ def test_bad_cards_are_refused_with_place_and_reason(folder, before, after, line
     assert place in str(caught.value) and reason in str(caught.value)
 
 
+def test_an_error_in_a_card_does_not_offer_an_override_that_cannot_reach_it(folder):
+    edit(folder, "guidance_scale = 2.0", "guidance_scale = -1.0")
+    with pytest.raises(UserError, match="Change it there.$") as caught:
+        teacher_card(str(folder), folder)
+    assert "--set" not in str(caught.value)
+
+
 def test_the_hash_is_that_of_the_card(folder):
     card = teacher_card(str(folder), folder)
     assert card.digest() == card.sha256
@@ -121,5 +128,6 @@ def test_every_shipped_card_is_valid():
     for name in teacher_names():
         card = teacher_card(name, shelf("teachers"))
         assert card.name == name
-        card.digest()
+        if not card.hub_weights:
+            card.digest()
         load_reward(card.reward, card.folder)

@@ -1,0 +1,128 @@
+"""Contract of the shipped recipes, teacher folders and configs: complete, consistent, and planned without a network."""
+
+import importlib
+import json
+import tomllib
+
+import pytest
+from typer.testing import CliRunner
+
+from diffopd import locate
+from diffopd.blueprint import read_blueprint
+from diffopd.cli import app
+from diffopd.data import read_prompts
+from diffopd.locate import find_recipe, recipe_names, shelf, teacher_names
+from diffopd.preflight import check
+from diffopd.recipe import read_recipe
+from diffopd.teacher import load_reward, teacher_card
+
+# Denoiser, VAE and text encoders as published: numbers of parameters.
+PUBLISHED = {
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": {"unet": 859_520_964, "text_encoder": 123_060_480},
+    "stabilityai/stable-diffusion-xl-base-1.0": {"unet": 2_567_463_684, "text_encoder_2": 694_659_840},
+    "stabilityai/stable-diffusion-3.5-medium": {"transformer": 2_243_171_520, "text_encoder_3": 4_762_310_656},
+    "black-forest-labs/FLUX.1-dev": {"transformer": 11_901_408_320, "vae": 83_819_683},
+    "black-forest-labs/FLUX.2-klein-4B": {"transformer": 3_875_544_576, "vae": 84_046_115},
+    "black-forest-labs/FLUX.2-klein-base-4B": {"transformer": 3_875_544_576, "text_encoder": 4_022_468_096},
+    "Tongyi-MAI/Z-Image": {"transformer": 6_154_908_736, "text_encoder": 4_022_468_096},
+    "Tongyi-MAI/Z-Image-Turbo": {"transformer": 6_154_908_736},
+    "Qwen/Qwen-Image": {"transformer": 20_430_401_088, "text_encoder": 8_292_166_656, "vae": 126_892_531},
+}
+# recipe -> first and last timestep, denoiser rows of the student and of all teachers in one update
+PLANS = {
+    "sd35-medium": ([1000, 8.929], 162, 135),
+    "sd15": ([999, 249], 64, 640),
+    "sd15-lcm": ([999, 259], 64, 128),
+    "z-image": ([1000, 461.538], 64, 640),
+    "flux2-klein": ([1000, 500], 32, 320),
+}
+SLOW = [name for name in recipe_names() if name not in (*PLANS, "together")]
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError(f"a plan asked the hub for {args}")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_recipe_passes_every_check_without_a_network(name):
+    parts = check(read_recipe(name))
+    assert parts.recipe.name == name
+    assert len(parts.grid.timesteps) == parts.recipe.student.num_inference_steps
+    assert parts.grid.sigmas[0] == pytest.approx(1.0, abs=0.01)
+
+
+def dry_run(name):
+    result = CliRunner().invoke(app, ["distill", name, "--dry-run"])
+    assert result.exit_code == 0, result.output
+    for part in ("trained", "timesteps", "graph of one state", "gradients and AdamW"):
+        assert part in result.output
+    return result.output
+
+
+@pytest.mark.parametrize("name", ["together", *PLANS])
+def test_a_plan_says_what_is_walked_and_what_it_costs(name):
+    told = " ".join(dry_run(name).split())
+    if name in PLANS:
+        (first, last), student, teachers = PLANS[name]
+        assert f"student {student:g}, teachers {teachers:g} an update" in told
+        steps = [float(word) for word in told.split("timesteps ")[1].split(" sigmas")[0].split()]
+        assert (steps[0], steps[-1]) == (pytest.approx(first, abs=0.01), pytest.approx(last, abs=0.01))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SLOW)
+def test_every_other_recipe_has_a_plan_too(name):
+    dry_run(name)
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_a_recipe_says_what_it_is_for_and_how_to_plan_it(name):
+    text = find_recipe(name).read_text()
+    assert text.startswith("# ") and f"diffopd distill {name}" in text
+    settings = tomllib.loads(text)
+    assert {"student", "teachers", "objective", "train", "evaluate"} <= set(settings)
+
+
+@pytest.mark.parametrize("name", teacher_names())
+def test_a_teacher_folder_is_complete(name):
+    card = teacher_card(name, shelf("teachers"))
+    assert card.name == name and card.folder.name == name
+    readme = (card.folder / "README.md").read_text()
+    assert readme.startswith(f"# {name}\n") and len(readme) > 200
+    assert callable(load_reward(card.reward, card.folder)) and card.license
+    train, test = (read_prompts(path) for path in (card.prompts.train, card.prompts.test))
+    assert len(test) >= 16 and len(train) >= 48
+    assert not {row.prompt for row in train} & {row.prompt for row in test}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_shipped_configs_give_the_published_numbers_of_parameters(name):
+    sizes = read_blueprint(name, shipped=True).component_sizes()
+    assert {part: sizes[part] for part in PUBLISHED[name]} == PUBLISHED[name]
+
+
+def test_every_shipped_config_is_held_to_published_numbers():
+    folder = locate.PACKAGE / "configs"
+    assert {p.parent.relative_to(folder).as_posix() for p in folder.glob("*/*/model_index.json")} == set(PUBLISHED)
+    for file in folder.rglob("*.json"):
+        assert json.loads(file.read_text())
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_shipped_configs_name_classes_and_settings_that_exist(name):
+    import inspect
+
+    blueprint = read_blueprint(name, shipped=True)
+    for component, (library, kind) in blueprint.classes.items():
+        if library == "diffusers":
+            known = inspect.signature(getattr(importlib.import_module(library), kind).__init__).parameters
+            assert {key for key in blueprint.configs[component] if not key.startswith("_")} <= set(known)
+
+
+def test_a_run_asks_the_hub_for_the_base_whatever_is_shipped():
+    with pytest.raises(AssertionError, match="stable-diffusion-3.5-medium"):
+        check(read_recipe("sd35-medium"), hash_weights=True)
