@@ -18,6 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from diffopd.drive import replaced_forward
+from diffopd.errors import UserError
 
 STUDENT = "student"
 SELF_TEACHER = "ema"
@@ -78,8 +79,14 @@ def add_adapter(
 ) -> dict[str, nn.Parameter]:
     """A fresh LoRA (output zero) called `name`, in float32, a function of `seed`; returns its parameters by name.
 
-    Raises ValueError (from peft) when no module matches `target_modules`.
+    Raises ValueError (from peft) when no module matches `target_modules`, and UserError for a denoiser whose class
+    takes no adapters in diffusers.
     """
+    if not hasattr(denoiser, "add_adapter"):
+        raise UserError(
+            f"{type(denoiser).__name__} takes no adapters in diffusers, so there is no LoRA for this family. Set "
+            'student.train = "full", and give teachers of form "full".'
+        )
     targets = target_modules if isinstance(target_modules, str) else list(target_modules)
     config = LoraConfig(r=rank, lora_alpha=lora_alpha, init_lora_weights="gaussian", target_modules=targets)
     with warnings.catch_warnings(), torch.random.fork_rng():

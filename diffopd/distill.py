@@ -255,11 +255,11 @@ def walk_rows(
     recipe = run.recipe
     samples = [slot * run.rows_per_task + number for number in numbers]
 
-    def drawn(solver_step: int) -> Tensor:
+    def drawn(solver_step: int, shape: tuple[int, ...] = run.walk.shape) -> Tensor:
         keys = {"run_seed": recipe.seed, "update": update, "solver_step": solver_step, "sample_indices": samples}
-        return noise.draw(run.walk.shape, **keys).to(run.device)
+        return noise.draw(shape, **keys).to(run.device)
 
-    latents, options = drawn(INITIAL), dict(options)
+    latents, options = drawn(INITIAL, run.walk.latents_shape), dict(options)
     prompts = [row.prompt for row in rows]
     if recipe.objective.states == "data":
         pictures = encode_pictures(run.student.pipeline, rows)

@@ -7,7 +7,6 @@ Ctrl-C and CUDA stream order stay ordinary. Grad mode and adapter binding are se
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +20,19 @@ import torch
 from greenlet import GreenletExit, greenlet
 from torch import Tensor, nn
 
+from diffopd.parts import (
+    checked_for_gradient,
+    denoiser_name,
+    denoiser_of,
+    denoisers_of,
+    idle_denoiser,
+    narrowed_decode,
+    narrowed_inputs,
+    noted_latents,
+    replaced_forward,
+    shell,
+    widened,
+)
 from diffopd.prediction import Prediction, Step, Transition
 from diffopd.schedulers import (
     Place,
@@ -32,6 +44,22 @@ from diffopd.schedulers import (
     to_prediction,
 )
 
+__all__ = [
+    "Binding",
+    "Call",
+    "Survey",
+    "Visit",
+    "Walk",
+    "decode",
+    "denoiser_name",
+    "denoiser_of",
+    "denoisers_of",
+    "next_sample",
+    "replaced_forward",
+    "rollout",
+    "shell",
+    "survey",
+]
 Binding = Callable[[], AbstractContextManager]
 
 
@@ -64,43 +92,6 @@ class Call:
         return self.told(**repeated, **arguments, prompt=list(prompts))
 
 
-def denoiser_of(pipeline: Any) -> nn.Module:
-    """The network that a pipeline denoises with. Raises ValueError where there is none."""
-    for name in ("unet", "transformer"):
-        module = getattr(pipeline, name, None)
-        if module is not None:
-            return module
-    raise ValueError(f"{type(pipeline).__name__} has neither a unet nor a transformer.")
-
-
-def denoiser_name(pipeline: Any) -> str:
-    """ "unet" or "transformer"."""
-    return "unet" if getattr(pipeline, "unet", None) is not None else "transformer"
-
-
-def denoisers_of(pipeline: Any) -> list[nn.Module]:
-    """Every network that the pipeline may denoise with (some have two, for high and low noise)."""
-    held = [getattr(pipeline, name, None) for name in ("unet", "transformer", "transformer_2")]
-    return [module for module in held if module is not None]
-
-
-def shell(pipeline: Any) -> Any:
-    """A second pipeline over the same modules with its own scheduler copy.
-
-    `__call__` stores its guidance on the pipeline object and its position on the scheduler, so two calls that run
-    in lockstep need an object each.
-    """
-    components = {**pipeline.components, "scheduler": copy.deepcopy(pipeline.scheduler)}
-    options = {k: v for k, v in pipeline.config.items() if k in _init_options(pipeline) and k not in components}
-    other = type(pipeline)(**components, **options)
-    other.set_progress_bar_config(disable=True)
-    return other
-
-
-def _init_options(pipeline: Any) -> set[str]:
-    return set(inspect.signature(type(pipeline).__init__).parameters)
-
-
 class Visit:
     """One pause: the pipeline stands at `sample` and its network has said `model_output`.
 
@@ -123,8 +114,7 @@ class Visit:
     @property
     def step(self) -> Step:
         """The canonical state and the step about to be taken."""
-        wide = torch.promote_types(self.sample.dtype, torch.float32)
-        canonical = self.sample.detach().to(wide) / self.place.scale
+        canonical = widened(self.sample.detach()) / self.place.scale
         return Step(canonical, self.place.sigma, self.place.sigma_next, self.index)
 
     def native(self, prediction: Prediction) -> Transition:
@@ -135,9 +125,11 @@ class Visit:
     def native_reply(self, noise: Tensor | None = None) -> Any:
         """Take the scheduler's own step for real; returns what `step` returned, for `Walk.advance`.
 
-        noise (B, ...) is the draw to use; None leaves it to the pipeline call's generator.
+        noise (B, ...) is the draw to use; None leaves it to the pipeline call's generator. The state that follows is
+        float32 under half-precision weights too: rounding it at every step would drown small steps.
         """
         arguments = {k: v.detach() if isinstance(v, Tensor) else v for k, v in self.arguments.items()}
+        arguments |= {k: widened(arguments[k]) for k in ("model_output", "sample")}
         with torch.no_grad(), known_noise(self._scheduler, noise):
             return self._step(**arguments)
 
@@ -151,7 +143,7 @@ class Visit:
 
     def reply(self, canonical: Tensor) -> Any:
         """`answer` with a canonical next sample (B, ...)."""
-        return self.answer((canonical * self.place.scale_next).to(self.sample.dtype))
+        return self.answer((canonical * self.place.scale_next).to(widened(self.sample).dtype))
 
 
 def next_sample(reply: Any) -> Tensor:
@@ -159,36 +151,6 @@ def next_sample(reply: Any) -> Tensor:
     if isinstance(reply, Tensor):
         return reply
     return reply[0] if isinstance(reply, tuple) else reply.prev_sample
-
-
-@contextmanager
-def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """`module` answers by `forward` while open; replacements may nest."""
-    before = vars(module).get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if before is None:
-            del module.forward
-        else:
-            module.forward = before
-
-
-@contextmanager
-def idle_denoiser(pipeline: Any) -> Iterator[None]:
-    """While open, a UNet answers zeros of its output shape without computing. Other denoisers compute as always."""
-    unet = getattr(pipeline, "unet", None)
-    if unet is None:
-        yield
-        return
-
-    def zeros(sample: Tensor, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
-        answer = sample.new_zeros(sample.shape[0], unet.config.out_channels, *sample.shape[2:])
-        return SimpleNamespace(sample=answer) if return_dict else (answer,)
-
-    with replaced_forward(unet, zeros):
-        yield
 
 
 class Walk:
@@ -233,7 +195,9 @@ class Walk:
 
     def _run(self) -> None:
         entry = inspect.unwrap(type(self._call.pipeline).__call__)
-        self.result = entry(self._call.pipeline, **self._call.arguments)
+        # Z-Image writes its chat template into the list of prompts that it is given: lists go in as copies.
+        told = {key: list(value) if isinstance(value, list) else value for key, value in self._call.arguments.items()}
+        self.result = entry(self._call.pipeline, **told)
 
     def advance(self, reply: Any = None, *, grad: bool = False, idle: bool = False) -> Visit | None:
         """Answer the pending step (nothing at the first call) and run to the next pause, with or without gradient.
@@ -242,27 +206,42 @@ class Walk:
         """
         first = self._visits == 0
         self._greenlet.parent = greenlet.getcurrent()
-        aside = idle_denoiser(self._call.pipeline) if idle else self._counting()
-        with torch.set_grad_enabled(grad), self._call.binding(), aside:
+        if grad:
+            for module in denoisers_of(self._call.pipeline):
+                checked_for_gradient(module)
+        aside = idle_denoiser(self._call.pipeline) if idle else self._entered()
+        with torch.set_grad_enabled(grad), self._call.binding(), narrowed_decode(self._call.pipeline), aside:
             arguments = self._greenlet.switch() if first else self._greenlet.switch(reply)
         if self._greenlet.dead:
             return self._finished()
         self._visits += 1
         visit = Visit(self._scheduler, self._original, self._visits - 1, arguments)
         if grad and not visit.model_output.requires_grad:
-            raise RuntimeError(
-                f"{type(self._call.pipeline).__name__} gave a model_output without gradient: it computes under its "
-                "own no_grad, or nothing in its denoiser is trainable. Such a pipeline cannot be a student."
-            )
+            raise RuntimeError(self._without_gradient())
         return visit
 
+    def _without_gradient(self) -> str:
+        name = type(self._call.pipeline).__name__
+        if len(denoisers_of(self._call.pipeline)) > 1:
+            return (
+                f"{name} gave a model_output without gradient: at this noise level one of its two denoisers answers "
+                "that is not trained (only the first is). Such a pipeline can be a teacher, not a student."
+            )
+        return (
+            f"{name} gave a model_output without gradient: it computes under its own no_grad, or nothing in its "
+            "denoiser is trainable. Such a pipeline cannot be a student."
+        )
+
     @contextmanager
-    def _counting(self) -> Iterator[None]:
-        def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _entered(self) -> Iterator[None]:
+        """While open, each denoiser's rows are counted and its sample is cast to the precision of its weights."""
+
+        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
             self.evaluations += len(args[0] if args else next(iter(kwargs.values())))
+            return narrowed_inputs(module, args, kwargs)
 
         held = denoisers_of(self._call.pipeline)
-        handles = [module.register_forward_pre_hook(count, with_kwargs=True) for module in held]
+        handles = [module.register_forward_pre_hook(enter, with_kwargs=True) for module in held]
         try:
             yield
         finally:
@@ -289,30 +268,42 @@ def rollout(call: Call) -> Iterator[Visit]:
 
 @dataclass(frozen=True)
 class Survey:
-    """What a call's first pause tells: latent shape without the batch, number of `step` calls, grid of timesteps."""
+    """What a call's first pause tells: latent shape without the batch, number of `step` calls, grid of timesteps.
+
+    shape: of the states. latents_shape: what the call's own `latents` argument must have, which differs where the
+    pipeline packs the latents that it is given (FLUX.2). num_visits exceeds the steps for Heun or PNDM.
+    """
 
     shape: tuple[int, ...]
     num_visits: int
     timesteps: tuple[float, ...]
     place: Place
+    latents_shape: tuple[int, ...]
 
 
 def survey(call: Call) -> Survey:
-    """Run a call up to its first pause (no UNet evaluation). num_visits exceeds the steps for Heun or PNDM."""
-    with Walk(call) as walk:
+    """Run a call up to its first pause, without evaluating its denoiser."""
+    with Walk(call) as walk, noted_latents(call.pipeline) as fits:
         visit = walk.advance(idle=True)
-        timesteps = tuple(float(t) for t in call.pipeline.scheduler.timesteps)
-        return Survey(tuple(visit.sample.shape[1:]), len(timesteps), timesteps, visit.place)
+        timesteps = family_of(call.pipeline.scheduler).timesteps(call.pipeline.scheduler)
+        shape = tuple(visit.sample.shape[1:])
+        given = call.arguments.get("latents")
+        latents_shape = fits(visit.sample) if given is None else tuple(given.shape[1:])
+        return Survey(shape, len(timesteps), tuple(float(t) for t in timesteps), visit.place, latents_shape)
 
 
 def decode(call: Call, latents: Tensor) -> Any:
     """Images (what the pipeline's output holds) of canonical latents (B, ...), by the pipeline's own last lines.
 
-    Every step of a one-step call is answered with `latents`, and its network is not evaluated.
+    Every step of a one-step call is answered with `latents`, and its network is not evaluated. For a video pipeline
+    the images are its frames.
     """
     kept = {k: v for k, v in call.arguments.items() if k not in ("timesteps", "sigmas", "output_type")}
-    with Walk(Call(call.pipeline, {**kept, "num_inference_steps": 1, "latents": latents}, call.binding)) as walk:
+    kept |= {"num_inference_steps": 1, "generator": torch.Generator(call.pipeline.device)}
+    if "intermediate_timesteps" in inspect.signature(type(call.pipeline).__call__).parameters:
+        kept["intermediate_timesteps"] = None  # Sana-Sprint's default is for two steps
+    with Walk(Call(call.pipeline, kept, call.binding)) as walk:
         visit = walk.advance(idle=True)
         while visit is not None:
-            visit = walk.advance(visit.reply(latents / visit.place.scale_next), idle=True)
-        return walk.result.images if hasattr(walk.result, "images") else walk.result[0]
+            visit = walk.advance(visit.reply(latents), idle=True)
+        return walk.result[0]

@@ -162,7 +162,7 @@ def pictures(contender: Contender, rows: list[PromptRow], task: str, seed: int, 
     call = contender.call.told(
         num_inference_steps=contender.num_inference_steps, guidance_scale=contender.guidance_scale
     )
-    shape = survey(call.prompted([rows[0].prompt], output_type="latent")).shape
+    shape = survey(call.prompted([rows[0].prompt], output_type="latent")).latents_shape
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]
         latents = noise.draw(

