@@ -18,6 +18,11 @@ class PromptRow:
     prompt: str
     metadata: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def bucket(self) -> tuple[int, int] | None:
+        """(width, height) in pixels at which the row is trained, None for the pipeline's own size."""
+        return tuple(self.metadata["bucket"]) if "bucket" in self.metadata else None
+
 
 def read_prompts(path: Path | str) -> list[PromptRow]:
     """The rows of a prompt file, in order; row i is line i + 1.

@@ -149,7 +149,8 @@ def _rows(file: Path, mistakes: list[str], *, fenced: bool) -> list[_Named]:
     text = _text(file, mistakes)
     named: list[_Named] = []
     seen: dict[Path, str] = {}
-    for number, line in enumerate((text or "").splitlines(), start=1):
+    lines = (text or "").removesuffix("\n").split("\n")  # captions may hold other separators, such as U+2028
+    for number, line in enumerate(lines if text else [], start=1):
         place = f"{file}:{number}"
         try:
             row = _row(line)
