@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +19,7 @@ from diffopd.adapters import (
     add_adapter,
     freeze,
 )
+from diffopd.context import Context, TextOnly, in_context
 from diffopd.data import PromptRow, read_prompts
 from diffopd.drive import Call, denoiser_name, denoiser_of, shell
 from diffopd.errors import UserError
@@ -53,6 +53,12 @@ class Teacher:
     test_rows: list[PromptRow]
     weight: float
     follow: tuple[Average, dict[str, nn.Parameter]] | None = None
+    context: Context = TextOnly()
+
+    @property
+    def watched_rows(self) -> list[PromptRow]:
+        """Rows for looks without training: held-out ones, or training ones where those lack what the context shows."""
+        return self.test_rows if all(map(self.context.covers, self.test_rows)) else self.train_rows
 
 
 def assemble(recipe: Recipe, device: str) -> tuple[Student, list[Teacher]]:
@@ -83,8 +89,12 @@ def assemble(recipe: Recipe, device: str) -> tuple[Student, list[Teacher]]:
         for settings, card in zip(recipe.teachers, cards, strict=True)
     ]
     switch = AdapterSwitch(trunk)  # after every adapter exists: it lists the layers once
-    for teacher in teachers:
-        teacher.call = Call(teacher.call.pipeline, teacher.call.arguments, _binding(teacher, switch, own, is_lora))
+    for index, (settings, teacher) in enumerate(zip(recipe.teachers, teachers, strict=True)):
+        adapter = None if teacher.name in own else _adapter(teacher.card, is_lora)
+        teacher.call = Call(teacher.call.pipeline, teacher.call.arguments, partial(switch.bound, adapter))
+        if settings.context:
+            place = recipe.place("teachers", index, "context")
+            teacher.call, teacher.context = in_context(teacher.call, settings.context, adapter, place)
     if is_lora:
         switch.select(STUDENT)
     for parameter in parameters.values():  # peft freezes every adapter but the last one added
@@ -208,9 +218,6 @@ def _self_teacher(
     return shell(base), (average, mirrored)
 
 
-def _binding(
-    teacher: Teacher, switch: AdapterSwitch, own: dict[str, nn.Module], is_lora: bool
-) -> partial[AbstractContextManager]:
-    """What holds while this teacher's networks run. A denoiser of its own needs no adapter of the trunk."""
-    adapters = {"lora": teacher.card.name, "ema": SELF_TEACHER if is_lora else None}
-    return partial(switch.bound, None if teacher.name in own else adapters.get(teacher.card.form))
+def _adapter(card: TeacherCard, is_lora: bool) -> str | None:
+    """The adapter of the trunk that answers for this teacher. A denoiser of its own needs none."""
+    return {"lora": card.name, "ema": SELF_TEACHER if is_lora else None}.get(card.form)

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, PrivateAttr, field_validator, model_validator
 
+from diffopd.context import ContextSettings
 from diffopd.errors import UserError
 from diffopd.locate import absolute, find_recipe
 from diffopd.overrides import apply_override
@@ -113,6 +114,7 @@ class TeacherSettings(Called):
     guidance_scale: PositiveOrZero | None = None
     num_inference_steps: Annotated[int, Field(gt=0, le=1000)] | None = None
     ema_decay: Annotated[float, Field(ge=0, le=1)] = 0.9999
+    context: ContextSettings | None = None
 
 
 class ObjectiveSettings(Settings):
@@ -293,7 +295,9 @@ def _make_paths_absolute(data: dict[str, Any], folder: Path) -> None:
     """Local paths of base, warm start and teachers, in place; wrong types are left to the validation."""
     student, teachers = data.get("student"), data.get("teachers")
     held = [(student, "pretrained_model_name_or_path"), (student, "init_weights")]
-    held += [(teacher, "name") for teacher in teachers] if isinstance(teachers, list) else []
+    for teacher in teachers if isinstance(teachers, list) else []:
+        context = teacher.get("context") if isinstance(teacher, dict) else None
+        held += [(teacher, "name"), (context, "ip_adapter"), (context, "image_encoder")]
     for table, key in held:
         if isinstance(table, dict) and isinstance(table.get(key), str):
             table[key] = absolute(table[key], folder)
