@@ -27,10 +27,12 @@ def autoencoder_factor(base: Blueprint) -> int:
 
 
 def bucket_step(base: Blueprint) -> int:
-    """What both sides of a picture must be a multiple of: a UNet halves its latents, a transformer packs two."""
-    if base.denoiser == "unet":
-        return autoencoder_factor(base) * 2 ** (len(base.denoiser_config.get("block_out_channels", [0] * 4)) - 1)
-    return 2 * autoencoder_factor(base)
+    """What both sides of a picture must be a multiple of: a UNet halves its latents, a transformer packs two.
+
+    Stock pipelines also want a multiple of 8.
+    """
+    halvings = len(base.denoiser_config.get("block_out_channels", [0] * 4)) - 1 if base.denoiser == "unet" else 1
+    return math.lcm(8, autoencoder_factor(base) * 2**halvings)
 
 
 def bucket_sizes(resolution: int, step: int) -> list[Size]:

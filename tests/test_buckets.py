@@ -28,6 +28,6 @@ def test_a_picture_goes_to_the_bucket_of_its_shape():
 
 def test_sizes_come_from_the_pipelines_configs(tiny_sd):
     base = read_blueprint(str(tiny_sd))
-    assert (native_resolution(base), bucket_step(base)) == (16, 4)
+    assert (native_resolution(base), bucket_step(base)) == (16, 8)
     shipped = read_blueprint("emoji")
     assert native_resolution(shipped) == 48
