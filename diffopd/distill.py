@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -34,6 +35,9 @@ from diffopd.run_folder import RunFolder
 from diffopd.supervise import Manner, NonFiniteLoss, StateLoss, Watch, supervise
 from diffopd.trajectory import save_trajectory
 
+if TYPE_CHECKING:
+    from diffopd.looks import Looks
+
 VALIDATION = 2**31  # noise keys of held-out batches: no update of a run ever has this number
 INTERRUPTED = "Ctrl-C; the same command goes on from here"
 STOPPING = "\nCtrl-C: this update is finished and saved first. Once more stops at once, without saving.\n"
@@ -51,6 +55,7 @@ class Run:
     processes: Processes
     device: str
     walks: dict[Size, Survey] = field(default_factory=dict)
+    looks: Looks | None = None
 
     def walk_at(self, size: Size | None) -> Survey:
         """The student's walk over pictures of (width, height); None is the pipeline's own size."""
@@ -67,8 +72,10 @@ class Run:
         return train.batch_size * train.gradient_accumulation_steps * self.processes.world
 
 
-def distill(recipe: Recipe, folder: RunFolder) -> bool:
+def distill(recipe: Recipe, folder: RunFolder, begin: Callable[[Run, bool], None] | None = None) -> bool:
     """Run or resume a recipe in its folder: train, log, checkpoint; ends with a checkpoint and sample pictures.
+
+    begin(run, is_new): called once before the first update, with whether nothing has been trained yet.
 
     Returns whether the run came to its end (False after Ctrl-C).
 
@@ -89,6 +96,8 @@ def distill(recipe: Recipe, folder: RunFolder) -> bool:
         for denoiser in {id(d): d for d in (denoiser_of(s.call.pipeline) for s in (student, *teachers))}.values():
             stack.enter_context(autocast_forward(denoiser, dtype))
         preflight(run)
+        if begin:
+            begin(run, latest is None)
         log = stack.enter_context(TrainingLog(folder, recipe, trained.progress, is_main=processes.is_main))
         reason = _updates(run, trained, folder, log)
         log.stop(reason)
@@ -128,6 +137,9 @@ def _updates(run: Run, trained: Trained, folder: RunFolder, log: TrainingLog) ->
             log.update(losses, trained.optimizer.param_groups[0]["lr"], watch)
             if train.validate_every and progress.update % train.validate_every == 0:
                 log.validation(_validate(run, trained))
+            if run.looks and progress.update % run.looks.every == 0:
+                with averaged(trained):
+                    log.look(run.looks.look(run, progress.update))
             reason = INTERRUPTED if run.processes.agree(interrupt.asked) else _finished(run, progress)
             if reason is None and progress.update % train.checkpointing_steps == 0:
                 _save(run, trained, folder)
@@ -381,6 +393,9 @@ def _finished(run: Run, progress: Progress) -> str | None:
     late = bool(train.max_train_seconds) and progress.seconds >= train.max_train_seconds
     if run.processes.agree(late):
         return f"reached max_train_seconds = {train.max_train_seconds:g}"
+    why = run.looks.reason if run.looks else None
+    if run.processes.agree(bool(why)):
+        return why or "another process saw a collapse"
     tired = bool(train.patience) and progress.checks_since_best >= train.patience
     if run.processes.agree(tired):
         return f"the held-out loss has not fallen for {train.patience} checks"
