@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from tiny import build_tokenizer
 
 from diffopd.data import PromptRow
 
@@ -89,5 +90,37 @@ def build_klein() -> Any:
         )  # fmt: skip
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
     pipeline = diffusers.Flux2KleinPipeline(scheduler, vae, encoder, tokenizer, transformer, is_distilled=True)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def build_xl() -> Any:
+    """A random stock StableDiffusionXLPipeline on 8 x 8 latents."""
+    import diffusers
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    tokenizer = build_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = CLIPTextConfig(
+            vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, projection_dim=16, num_hidden_layers=2,
+            num_attention_heads=2, max_position_embeddings=24, bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        )  # fmt: skip
+        encoders = {"text_encoder": CLIPTextModel(config), "text_encoder_2": CLIPTextModelWithProjection(config)}
+        unet = diffusers.UNet2DConditionModel(
+            sample_size=8, block_out_channels=(16, 32), layers_per_block=1, norm_num_groups=8, cross_attention_dim=32,
+            attention_head_dim=4, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), addition_embed_type="text_time",
+            addition_time_embed_dim=8, projection_class_embeddings_input_dim=6 * 8 + 16,
+        )  # fmt: skip
+        vae = diffusers.AutoencoderKL(
+            block_out_channels=(16, 16), down_block_types=("DownEncoderBlock2D",) * 2, norm_num_groups=8,
+            up_block_types=("UpDecoderBlock2D",) * 2, sample_size=16,
+        )  # fmt: skip
+    scheduler = diffusers.EulerDiscreteScheduler(beta_schedule="scaled_linear", timestep_spacing="trailing")
+    pipeline = diffusers.StableDiffusionXLPipeline(
+        vae=vae, tokenizer=tokenizer, tokenizer_2=tokenizer, unet=unet, scheduler=scheduler, **encoders
+    )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -76,12 +76,15 @@ def told(rows, guidance_scale):
     }
 
 
+@pytest.mark.parametrize("build", [tiny.build_pipeline, contexts.build_xl], ids=["SD", "SDXL"])
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
-def test_an_ip_adapter_is_on_the_teachers_side_only(adapter, rows, guidance_scale):
+def test_an_ip_adapter_is_on_the_teachers_side_only(rows, tmp_path, build, guidance_scale):
     """In lockstep with its teacher the student is bit-equal to the untouched UNet; the teacher says something else."""
-    pipeline = tiny.build_pipeline()
+    pipeline = build()
+    file, encoder = contexts.save_ip_adapter(tmp_path, pipeline.unet)
+    adapter = ContextSettings(kind="ip_adapter", ip_adapter=str(file), image_encoder=str(encoder))
     freeze(pipeline)
-    untouched = states(Call(tiny.build_pipeline(), told(rows, guidance_scale)))
+    untouched = states(Call(build(), told(rows, guidance_scale)))
     call, context = in_context(Call(shell(pipeline), told(rows, guidance_scale)), adapter, None, "here")
     plain = Call(shell(pipeline), told(rows, guidance_scale))
     seen = held(Call(pipeline, told(rows, guidance_scale)), [plain, call.told(**context.arguments(rows))])
