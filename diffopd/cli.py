@@ -95,10 +95,10 @@ def tune(
 ) -> None:
     """Teach a few-step model new pictures so that it keeps its few steps. To resume, give the same command again."""
     from diffopd.tune import TASK, facts, prepare, task_written
-    from diffopd.tune_recipe import read_tune_recipe
+    from diffopd.tune_recipe import quoted, read_tune_recipe
 
     options = _options(overrides, output_dir)
-    options += [f"images.instance_prompt={json.dumps(instance_prompt)}"] if instance_prompt is not None else []
+    options += [f"images.instance_prompt={quoted(instance_prompt)}"] if instance_prompt is not None else []
     asked = read_tune_recipe(recipe, model, images, options)
     if dry_run:
         import tempfile

@@ -29,7 +29,12 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "
 
 
 def mirror(module: nn.Module) -> nn.Module:
-    """A second tree of modules over the same parameters and buffers; children, hooks and config are its own."""
+    """A second tree of modules over the same parameters and buffers; children, hooks and config are its own.
+
+    Raises RuntimeError for a module whose forward was replaced: the mirror's would compute the original's children.
+    """
+    if "forward" in vars(module):
+        raise RuntimeError(f"{type(module).__name__} has a replaced forward; mirror it before that.")
     other = copy.copy(module)
     vars(other)["_modules"] = {name: child and mirror(child) for name, child in module._modules.items()}
     for name in HOOKS:

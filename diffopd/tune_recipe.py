@@ -139,8 +139,8 @@ def read_tune_recipe(
     Relative paths in the file are taken from its folder, all others from the current one. Raises UserError naming
     file, line and key for anything that is not allowed.
     """
-    options = [f"student.pretrained_model_name_or_path={json.dumps(model)}"] if model else []
-    options += [f"images.folder={json.dumps(images)}"] if images else []
+    options = [f"student.pretrained_model_name_or_path={quoted(model)}"] if model else []
+    options += [f"images.folder={quoted(images)}"] if images else []
     data, source = _file(path) if path else _command_line(model, images)
     _make_paths_absolute(data, source.path.parent)
     replaced: dict[Location, str] = {}
@@ -157,6 +157,11 @@ def read_tune_recipe(
     recipe = validated(TuneRecipe, data, source)
     recipe._source = source
     return recipe
+
+
+def quoted(text: str) -> str:
+    """A TOML string. JSON's are, but for characters that it would write as two escapes."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _file(path: str) -> tuple[dict[str, Any], Source]:
@@ -177,8 +182,8 @@ def _command_line(model: str | None, images: str | None) -> tuple[dict[str, Any]
     name = re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(images).expanduser().absolute().stem).strip("-.") or "tuned"
     here = Path.cwd()
     text = (
-        f'name = "{name}"\n\n[student]\npretrained_model_name_or_path = {json.dumps(absolute(model, here))}\n\n'
-        f"[images]\nfolder = {json.dumps(_absolute(images, here))}\n"
+        f'name = "{name}"\n\n[student]\npretrained_model_name_or_path = {quoted(absolute(model, here))}\n\n'
+        f"[images]\nfolder = {quoted(_absolute(images, here))}\n"
     )
     data = {
         "name": name,

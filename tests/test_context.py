@@ -17,7 +17,7 @@ from diffopd.context import (
     in_context,
 )
 from diffopd.data import PromptRow
-from diffopd.drive import Call, Walk, denoiser_of, rollout, shell
+from diffopd.drive import Call, Walk, denoiser_of, replaced_forward, rollout, shell
 from diffopd.errors import UserError
 from diffopd.image_tokens import mirror
 
@@ -149,6 +149,8 @@ def test_a_mirror_shares_what_is_trained_and_binds_its_own_adapter():
     other(*arguments)
     handle.remove()
     assert not calls
+    with replaced_forward(pipeline.unet.mid_block, lambda *args: None), pytest.raises(RuntimeError, match="replaced"):
+        mirror(pipeline.unet)
 
 
 def test_a_reference_image_changes_what_klein_says_at_the_students_states(tmp_path):

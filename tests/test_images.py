@@ -82,6 +82,13 @@ def test_an_imagefolder_is_read_in_order_of_line_also_from_subfolders(listed):
     assert found[2].place == f"{listed}/metadata.jsonl:3"
 
 
+def test_a_caption_may_hold_unusual_line_separators(listed):
+    rows = [{"file_name": "red.png", "text": "a\u2028dot\x85"}, {"file_name": "blue.png", "text": "a sea"}]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    (listed / "metadata.jsonl").write_bytes("\r\n".join(lines).encode())
+    assert [p.caption for p in read_pictures(listed)] == ["a\u2028dot", "a sea"]
+
+
 def test_a_jsonl_may_name_pictures_anywhere(folder, tmp_path):
     file = tmp_path / "elsewhere" / "list.jsonl"
     file.parent.mkdir()

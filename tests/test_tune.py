@@ -27,6 +27,7 @@ from diffopd.tune_recipe import LookSettings, read_tune_recipe
 SMALL = [
     "student.num_inference_steps=2",
     "student.rank=2",
+    "student.lora_alpha=4",
     "train.max_train_steps=2",
     "train.batch_size=2",
     "train.checkpointing_steps=1",
@@ -85,6 +86,23 @@ def test_a_model_and_a_folder_are_enough_and_the_rest_is_the_papers(tiny_sd, pic
     text = pictures.parent / "again.toml"
     text.write_text(recipe.source.text)
     assert read_tune_recipe(str(text), None, None).model_dump() == recipe.model_dump()
+
+
+def test_a_recipe_file_takes_options_and_names_its_mistakes(tiny_sd, pictures, tmp_path):
+    file = tmp_path / "my.toml"
+    file.write_text(
+        f'name = "mine"\n[student]\npretrained_model_name_or_path = "{tiny_sd}"\n[images]\nfolder = "dots"\n'
+        "[look]\nevry = 3\n"
+    )
+    with pytest.raises(UserError, match=r'my\.toml:7: unknown key look\.evry.*"every"'):
+        read_tune_recipe(str(file), None, None)
+    file.write_text(file.read_text().replace("evry", "every"))
+    recipe = read_tune_recipe(str(file), None, None, ['images.instance_prompt="a 😀"'])
+    assert recipe.images.folder == str(pictures) and recipe.look.every == 3
+    assert recipe.images.instance_prompt == "a 😀"
+    with pytest.raises(UserError, match="name is missing"):
+        file.write_text("[look]\n")
+        read_tune_recipe(str(file), "a", "b")
 
 
 @pytest.mark.parametrize("updates", [10, 100, 5000])
@@ -341,4 +359,5 @@ def test_the_command_goes_the_whole_road(tiny_sd, pictures, tmp_path, ip_options
     assert saved["encoder_hid_dim_type"] is None and not (run / "export" / "pipeline" / "image_encoder").exists()
     names = load_file(run / "export" / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors").keys()
     assert names == load_file(tiny_sd / "unet" / "diffusion_pytorch_model.safetensors").keys()
-    assert (run / "report.html").is_file()
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert "Tuned on pictures" in page and "by image encoder" in page and 'alt="before and now"' in page
