@@ -87,7 +87,8 @@ class Looks:
 
     def _prompts(self, run: Run) -> dict[str, list[str]]:
         count, file = self.settings.num_prompts, self.settings.unrelated
-        subject = [row.prompt for row in run.teachers[0].test_rows[:count]]
+        rows = run.teachers[0].test_rows
+        subject = [rows[i % len(rows)].prompt for i in range(count)]  # few prompts are drawn from several noises
         unrelated = [row.prompt for row in read_prompts(file)] if file else list(UNRELATED)
         return {"subject": subject, "unrelated": unrelated[:count]}
 

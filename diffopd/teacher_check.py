@@ -70,7 +70,7 @@ def check_teacher(run: Run, folder: RunFolder, *, force: bool = False) -> Verdic
         drawn += _draw_both(run, rows, numbers)
     verdict = _judge(run, drawn)
     if run.processes.is_main:
-        page = grid([(d.target, d.without, d.with_context) for d in drawn], ["picture", "text alone", "with context"])
+        page = grid([(d.target, d.without, d.with_context) for d in drawn], ["picture", "text", "context"])
         page.save(folder.path / GRID)
         folder.write("teacher-check.json", json.dumps(asdict(verdict) | {"passed": verdict.passed}, indent=1))
     if not (verdict.passed or force):
