@@ -23,6 +23,7 @@ from diffopd.adapters import (
 )
 from diffopd.attention import use_attention_backend
 from diffopd.blueprint import read_blueprint
+from diffopd.context import Context, TextOnly, in_context
 from diffopd.data import PromptRow, read_prompts
 from diffopd.drive import Call, denoiser_name, denoiser_of, shell
 from diffopd.embeddings import PromptEmbeddings, cache_folder
@@ -71,6 +72,12 @@ class Teacher:
     test_rows: list[PromptRow]
     weight: float
     follow: tuple[Average, dict[str, nn.Parameter]] | None = None
+    context: Context = TextOnly()
+
+    @property
+    def watched_rows(self) -> list[PromptRow]:
+        """Rows for looks without training: held-out ones, or training ones where those lack what the context shows."""
+        return self.test_rows if all(map(self.context.covers, self.test_rows)) else self.train_rows
 
 
 def assemble(recipe: Recipe, device: str, processes: Processes = ALONE) -> tuple[Student, list[Teacher]]:
@@ -103,8 +110,13 @@ def assemble(recipe: Recipe, device: str, processes: Processes = ALONE) -> tuple
         for settings, card in zip(recipe.teachers, cards, strict=True)
     ]
     switch = AdapterSwitch(trunk)  # after every adapter exists: it lists the layers once
-    for teacher in teachers:
-        teacher.call = Call(teacher.call.pipeline, teacher.call.arguments, _binding(teacher, switch, own, is_lora))
+    for index, (settings, teacher) in enumerate(zip(recipe.teachers, teachers, strict=True)):
+        adapter = None if teacher.name in own else _adapter(teacher.card, is_lora)
+        binding = own[teacher.name].present if teacher.name in own else partial(switch.bound, adapter)
+        teacher.call = Call(teacher.call.pipeline, teacher.call.arguments, binding)
+        if settings.context:
+            place = recipe.place("teachers", index, "context")
+            teacher.call, teacher.context = in_context(teacher.call, settings.context, adapter, place)
     if is_lora:
         switch.select(STUDENT)
     for parameter in parameters.values():  # peft freezes every adapter but the last one added
@@ -135,10 +147,12 @@ def _cache_prompts(recipe: Recipe, base: Any, student: Student, teachers: list[T
     if recipe.train.text_encoders == "cached":
         return
     for teacher in teachers:
-        prompts = list(dict.fromkeys(row.prompt for row in (*teacher.train_rows, *teacher.test_rows)))
-        for index in processes.rows(len(prompts)):
-            for call in (student.call, teacher.call):
-                cache.fill(call, prompts[index : index + 1])
+        rows = [*teacher.train_rows, *teacher.test_rows]
+        told = [(student.call, [row.prompt for row in rows]), (teacher.call, teacher.context.prompts(rows))]
+        for call, prompts in told:
+            different = list(dict.fromkeys(prompts))
+            for index in processes.rows(len(different)):
+                cache.fill(call, different[index : index + 1])
     processes.wait()
     cache.close()
     folder = find_pipeline(recipe.student.pretrained_model_name_or_path)
@@ -257,11 +271,6 @@ def _self_teacher(
     return shell(base), (average, mirrored)
 
 
-def _binding(
-    teacher: Teacher, switch: AdapterSwitch, own: dict[str, OwnDenoiser], is_lora: bool
-) -> Callable[[], AbstractContextManager]:
-    """What holds while this teacher's networks run. A denoiser of its own needs no adapter of the trunk."""
-    if teacher.name in own:
-        return own[teacher.name].present
-    adapters = {"lora": teacher.card.name, "ema": SELF_TEACHER if is_lora else None}
-    return partial(switch.bound, adapters.get(teacher.card.form))
+def _adapter(card: TeacherCard, is_lora: bool) -> str | None:
+    """The adapter of the trunk that answers for this teacher. A denoiser of its own needs none."""
+    return {"lora": card.name, "ema": SELF_TEACHER if is_lora else None}.get(card.form)

@@ -62,31 +62,60 @@ def distill(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved plan and stop.")] = False,
 ) -> None:
     """Train a student, evaluate and export it, write the report. To resume, give the same command again."""
-    from diffopd.preflight import check
     from diffopd.recipe import read_recipe
 
-    options = list(overrides or []) + ([f"output_dir={json.dumps(str(output_dir))}"] if output_dir else [])
-    read = read_recipe(recipe, options)
-    _quiet_libraries()
-    parts = check(read, hash_weights=not dry_run)
+    read = read_recipe(recipe, _options(overrides, output_dir))
     if dry_run:
-        _show_plan(parts)
-        return
-    count = int(os.environ.get("WORLD_SIZE", processes))
-    if _is_finished(read, parts.hashes, count):
-        return
-    folder = _run_folder(read, parts.hashes, count)
-    if count > 1 and "WORLD_SIZE" not in os.environ:
-        from diffopd.launch import launch
+        _show_plan(read)
+    else:
+        _train(read, processes)
 
-        raise typer.Exit(launch(count, sys.argv[1:]))
-    from diffopd.distill import distill as train
 
-    ended = train(read, folder)
-    if not ended:
-        raise typer.Exit(130)  # as shells say of a command that Ctrl-C ended
-    if _is_main():
-        _finish(folder.path)
+@app.command()
+def tune(
+    recipe: Annotated[str | None, typer.Argument(help="A tuning recipe (.toml).")] = None,
+    model: Annotated[str | None, typer.Option(help="A few-step pipeline: shelf name, folder or hub id.")] = None,
+    images: Annotated[
+        str | None, typer.Option(help="A folder of pictures with captions (.txt or metadata.jsonl), or a .jsonl file.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override, such as context.kind=enhanced_prompt."),
+    ] = None,
+    instance_prompt: Annotated[
+        str | None, typer.Option(help="One prompt for all pictures, instead of captions.")
+    ] = None,
+    output_dir: Annotated[Path | None, typer.Option(help="Run folder (default: runs/ and the name).")] = None,
+    processes: Annotated[
+        int, typer.Option(min=1, help="Train in this many processes; each adds its own batch to an update.")
+    ] = 1,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the pictures, print the plan and stop.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Train even if its context does not help the teacher.")
+    ] = False,
+) -> None:
+    """Teach a few-step model new pictures so that it keeps its few steps. To resume, give the same command again."""
+    from diffopd.tune import TASK, facts, prepare, task_written
+    from diffopd.tune_recipe import quoted, read_tune_recipe
+
+    options = _options(overrides, output_dir)
+    options += [f"images.instance_prompt={quoted(instance_prompt)}"] if instance_prompt is not None else []
+    asked = read_tune_recipe(recipe, model, images, options)
+    if dry_run:
+        import tempfile
+
+        with tempfile.TemporaryDirectory() as place:
+            tuning = prepare(asked, Path(place) / TASK)
+            with task_written(tuning):
+                _show_facts(facts(tuning))
+                _show_plan(tuning.recipe)
+        return
+    tuning = prepare(asked)
+    with task_written(tuning):
+        _show_facts(facts(tuning))
+        from diffopd.looks import begin_looking
+
+        _train(tuning.recipe, processes, begin_looking(tuning, force=force))
 
 
 @app.command()
@@ -193,12 +222,53 @@ def _show_scores(file: Path) -> None:
     typer.echo(f"\n{file}")
 
 
-def _show_plan(parts: Any) -> None:
+def _options(overrides: list[str] | None, output_dir: Path | None) -> list[str]:
+    return list(overrides or []) + ([f"output_dir={json.dumps(str(output_dir))}"] if output_dir else [])
+
+
+def _train(recipe: Any, processes: int, begin: Any = None) -> None:
+    """Check a recipe, run it to its end in this many processes, evaluate, export, report."""
+    from diffopd.preflight import check
+
+    _quiet_libraries()
+    parts = check(recipe, hash_weights=True)
+    count = int(os.environ.get("WORLD_SIZE", processes))
+    if _is_finished(recipe, parts.hashes, count):
+        return
+    folder = _run_folder(recipe, parts.hashes, count)
+    if count > 1 and "WORLD_SIZE" not in os.environ:
+        from diffopd.launch import launch
+
+        raise typer.Exit(launch(count, sys.argv[1:]))
+    from diffopd.distill import distill as train
+
+    ended = train(recipe, folder, begin)
+    if not ended:
+        raise typer.Exit(130)  # as shells say of a command that Ctrl-C ended
+    if _is_main():
+        _finish(folder.path)
+
+
+def _show_plan(recipe: Any) -> None:
     from rich.console import Console
 
     from diffopd.plan import make_plan, render
+    from diffopd.preflight import check
 
-    Console().print(render(make_plan(parts)))
+    _quiet_libraries()
+    Console().print(render(make_plan(check(recipe))))
+
+
+def _show_facts(lines: list[tuple[str, str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold", no_wrap=True)
+    for name, value in lines:
+        table.add_row(name, value)
+    if _is_main():
+        Console().print(table)
 
 
 def _run_folder(recipe: Any, hashes: dict[str, str], processes: int) -> Any:

@@ -24,6 +24,11 @@ class PromptRow:
     prompt: str
     metadata: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def bucket(self) -> tuple[int, int] | None:
+        """(width, height) in pixels at which the row is trained, None for the pipeline's own size."""
+        return tuple(self.metadata["bucket"]) if "bucket" in self.metadata else None
+
 
 def prompt_file(path: Path | str, split: str) -> Path:
     """The prompt file that `path` names: itself, or the one of `split` ("train" or "test") in a dataset folder.

@@ -10,7 +10,8 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from diffopd import noise
 from diffopd.adapters import Average, autocast_forward, fused_forward
 from diffopd.assemble import Student, Teacher, assemble
 from diffopd.attention import proof_of_use
+from diffopd.batches import MicroBatch, Size, micro_batches
 from diffopd.checkpoint import Progress, Trained, averaged, load_checkpoint, save_checkpoint
 from diffopd.data import PromptRow
 from diffopd.data_states import encode_pictures, next_place, noised
@@ -33,6 +35,9 @@ from diffopd.recipe import Recipe
 from diffopd.run_folder import RunFolder
 from diffopd.supervise import Manner, NonFiniteLoss, StateLoss, Watch, supervise
 from diffopd.trajectory import save_trajectory
+
+if TYPE_CHECKING:
+    from diffopd.looks import Looks
 
 VALIDATION = 2**31  # noise keys of held-out batches: no update of a run ever has this number
 INTERRUPTED = "Ctrl-C; the same command goes on from here"
@@ -50,6 +55,17 @@ class Run:
     walk: Survey
     processes: Processes
     device: str
+    walks: dict[Size, Survey] = field(default_factory=dict)
+    looks: Looks | None = None
+
+    def walk_at(self, size: Size | None) -> Survey:
+        """The student's walk over pictures of (width, height); None is the pipeline's own size."""
+        if size is None:
+            return self.walk
+        if size not in self.walks:
+            call = self.student.call.told(**told_size(size))
+            self.walks[size] = survey(call.prompted([self.teachers[0].train_rows[0].prompt]))
+        return self.walks[size]
 
     @property
     def rows_per_task(self) -> int:
@@ -57,8 +73,10 @@ class Run:
         return train.batch_size * train.gradient_accumulation_steps * self.processes.world
 
 
-def distill(recipe: Recipe, folder: RunFolder) -> bool:
+def distill(recipe: Recipe, folder: RunFolder, begin: Callable[[Run, bool], None] | None = None) -> bool:
     """Run or resume a recipe in its folder: train, log, checkpoint; ends with a checkpoint and sample pictures.
+
+    begin(run, is_new): called once before the first update, with whether nothing has been trained yet.
 
     Returns whether the run came to its end (False after Ctrl-C).
 
@@ -82,6 +100,8 @@ def distill(recipe: Recipe, folder: RunFolder) -> bool:
             stack.enter_context(fused_forward(denoiser_of(student.pipeline)))
         with proof_of_use(recipe.train.attention_backend, denoiser_of(student.pipeline)):
             preflight(run)
+        if begin:
+            begin(run, latest is None)
         log = stack.enter_context(TrainingLog(folder, recipe, trained.progress, is_main=processes.is_main))
         reason = _updates(run, trained, folder, log)
         log.stop(reason)
@@ -101,12 +121,9 @@ def preflight(run: Run) -> dict[str, float]:
     for slot, teacher in enumerate(run.teachers):
         rows = teacher.train_rows[: run.recipe.train.batch_size]
         try:
-            losses = walk_rows(
-                run, teacher, rows, list(range(len(rows))), update=VALIDATION + 1, slot=slot, backward=None
-            )
+            first[teacher.name] = loss_without_training(run, teacher, rows, update=VALIDATION + 1, slot=slot)
         except ValueError as error:
             raise UserError(f"Teacher {teacher.name!r} cannot teach this student: {error}") from error
-        first[teacher.name] = _mean(losses)
     return first
 
 
@@ -124,6 +141,9 @@ def _updates(run: Run, trained: Trained, folder: RunFolder, log: TrainingLog) ->
             log.update(losses, trained.optimizer.param_groups[0]["lr"], watch)
             if train.validate_every and progress.update % train.validate_every == 0:
                 log.validation(_validate(run, trained))
+            if run.looks and progress.update % run.looks.every == 0:
+                with averaged(trained):
+                    log.look(run.looks.look(run, progress.update))
             reason = INTERRUPTED if run.processes.agree(interrupt.asked) else _finished(run, progress)
             if reason is None and progress.update % train.checkpointing_steps == 0:
                 _save(run, trained, folder)
@@ -146,9 +166,8 @@ def one_update(run: Run, trained: Trained, watch: Watch) -> UpdateLosses:
     record = UpdateLosses()
     for slot, (teacher, share) in enumerate(tasks):
         mine = run.processes.rows(run.rows_per_task)
-        for start in range(mine.start, mine.stop, train.batch_size):
-            numbers = list(range(start, min(start + train.batch_size, mine.stop)))
-            rows = [pick_row(run, teacher, update, slot, number) for number in numbers]
+        picked = [(number, pick_row(run, teacher, update, slot, number)) for number in mine]
+        for numbers, rows in batches_of(run, teacher, picked):
             scale = share / run.rows_per_task
 
             def backward(loss: Tensor, scale: float = scale) -> None:
@@ -252,24 +271,26 @@ def walk_rows(
     watch: Watch | None = None,
     **options: object,
 ) -> list[StateLoss]:
-    recipe = run.recipe
+    """One micro-batch (rows of one size) under a teacher: `supervise`, with noise that is a function of integers."""
+    recipe, size = run.recipe, rows[0].bucket
+    walk, told = run.walk_at(size), told_size(size)
     samples = [slot * run.rows_per_task + number for number in numbers]
 
-    def drawn(solver_step: int, shape: tuple[int, ...] = run.walk.shape) -> Tensor:
+    def drawn(solver_step: int, shape: tuple[int, ...] = walk.shape) -> Tensor:
         keys = {"run_seed": recipe.seed, "update": update, "solver_step": solver_step, "sample_indices": samples}
         return noise.draw(shape, **keys).to(run.device)
 
-    latents, options = drawn(INITIAL, run.walk.latents_shape), dict(options)
-    prompts = [row.prompt for row in rows]
+    latents, options = drawn(INITIAL, walk.latents_shape), dict(options)
+    prompts, context = [row.prompt for row in rows], teacher.context
     if recipe.objective.states == "data":
         pictures = encode_pictures(run.student.pipeline, rows)
-        latents = noised(pictures, latents, run.walk.place)
+        latents = noised(pictures, latents, walk.place)
         options["data_states"] = lambda visit: noised(pictures, drawn(visit.index + 1), next_place(visit))
     try:
         return supervise(
-            run.student.call.prompted(prompts, latents=latents),
-            teacher.call.prompted(prompts, latents=latents),
-            manner=manner_of(recipe, run.walk.num_visits, update, slot),
+            run.student.call.prompted(prompts, latents=latents, **told),
+            teacher.call.prompted(context.prompts(rows), latents=latents, **told, **context.arguments(rows)),
+            manner=manner_of(recipe, walk.num_visits, update, slot),
             noise=lambda index: drawn(index + 1),
             backward=backward,
             watch=watch,
@@ -277,6 +298,25 @@ def walk_rows(
         )
     except NonFiniteLoss as error:
         raise _non_finite(error, teacher.name, update) from error
+
+
+def loss_without_training(run: Run, teacher: Teacher, rows: list[PromptRow], *, update: int, slot: int) -> float:
+    """Mean loss over rows and their supervised states, without gradients; update and slot key the noise."""
+    total = 0.0
+    for numbers, batch in batches_of(run, teacher, list(enumerate(rows))):
+        total += len(batch) * _mean(walk_rows(run, teacher, batch, numbers, update=update, slot=slot, backward=None))
+    return total / len(rows)
+
+
+def batches_of(run: Run, teacher: Teacher, rows: list[tuple[int, PromptRow]]) -> list[MicroBatch]:
+    """Numbered rows as the calls of this teacher and this run can take them."""
+    most = min(run.recipe.train.batch_size, teacher.context.rows_per_call or run.recipe.train.batch_size)
+    return micro_batches(rows, most)
+
+
+def told_size(size: Size | None) -> dict[str, int]:
+    """A picture's (width, height) as arguments of a call, none for the pipeline's own size."""
+    return {"width": size[0], "height": size[1]} if size else {}
 
 
 def manner_of(recipe: Recipe, num_visits: int, update: int, slot: int) -> Manner:
@@ -340,11 +380,8 @@ def _validate(run: Run, trained: Trained) -> dict[str, float]:
     losses = {}
     with averaged(trained):
         for slot, teacher in enumerate(run.teachers):
-            rows = teacher.test_rows[: run.recipe.train.batch_size]
-            numbers = list(range(len(rows)))
-            losses[teacher.name] = _mean(
-                walk_rows(run, teacher, rows, numbers, update=VALIDATION, slot=slot, backward=None)
-            )
+            rows = teacher.watched_rows[: run.recipe.train.batch_size]
+            losses[teacher.name] = loss_without_training(run, teacher, rows, update=VALIDATION, slot=slot)
     progress, mean = trained.progress, sum(losses.values()) / len(losses)
     if progress.best_validation is None or mean < progress.best_validation:
         progress.best_validation, progress.checks_since_best = mean, 0
@@ -360,6 +397,9 @@ def _finished(run: Run, progress: Progress) -> str | None:
     late = bool(train.max_train_seconds) and progress.seconds >= train.max_train_seconds
     if run.processes.agree(late):
         return f"reached max_train_seconds = {train.max_train_seconds:g}"
+    why = run.looks.reason if run.looks else None
+    if run.processes.agree(bool(why)):
+        return why or "another process saw a collapse"
     tired = bool(train.patience) and progress.checks_since_best >= train.patience
     if run.processes.agree(tired):
         return f"the held-out loss has not fallen for {train.patience} checks"

@@ -73,6 +73,11 @@ class TrainingLog:
         place = {"update": self._progress.update, "seconds": round(self._progress.seconds, 3)}
         self._write(kind="validation", **place, loss=mean, loss_per_teacher=per_teacher)
 
+    def look(self, values: dict[str, float]) -> None:
+        """What pictures drawn at this moment say."""
+        place = {"update": self._progress.update, "seconds": round(self._progress.seconds, 3)}
+        self._write(kind="look", **place, **{name: round(value, 6) for name, value in values.items()})
+
     def stop(self, reason: str) -> None:
         """Why the run ended."""
         self._write(kind="stop", update=self._progress.update, seconds=round(self._progress.seconds, 3), reason=reason)

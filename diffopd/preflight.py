@@ -19,6 +19,7 @@ from diffopd.blueprint import (
     read_json,
     tensor_shapes,
 )
+from diffopd.context import check_context, covers
 from diffopd.data import PromptRow, check_tasks, read_prompts
 from diffopd.errors import UserError, suggestion
 from diffopd.grid import Grid, check_walk
@@ -88,6 +89,7 @@ def check(recipe: Recipe, *, hash_weights: bool = False) -> Parts:
         load_reward(card.reward, card.folder)
     _check_packages(recipe)
     _check_call_arguments(recipe, base)
+    _check_contexts(recipe, base, cards, train)
     grid = check_walk(recipe, base)
     for index, card in enumerate(cards):
         _check_teacher(recipe, index, card, base, shipped=not hash_weights)
@@ -245,6 +247,24 @@ def _check_call_arguments(recipe: Recipe, base: Blueprint) -> None:
             raise UserError(
                 f"{recipe.place(*location, 'call', 'eta')}: eta = {eta!r} is not allowed. It is DDIM's share of fresh "
                 "noise: give a number from 0 (none) to 1 (that of DDPM)."
+            )
+
+
+def _check_contexts(
+    recipe: Recipe, base: Blueprint, cards: tuple[TeacherCard, ...], rows: dict[str, list[PromptRow]]
+) -> None:
+    """A teacher's context is one that the pipeline takes, and every training row holds what it shows."""
+    for index, (settings, card) in enumerate(zip(recipe.teachers, cards, strict=True)):
+        if settings.context is None:
+            continue
+        place = recipe.place("teachers", index, "context")
+        is_enhanced = all("enhanced_prompt" in row.metadata for row in rows[card.name])
+        check_context(settings.context.kind, base.pipeline_class, is_enhanced=is_enhanced, place=place)
+        lacking = next((row for row in rows[card.name] if not covers(settings.context.kind, row)), None)
+        if lacking:
+            raise UserError(
+                f"{place}: the row of prompt {lacking.prompt!r} in {card.prompts.train} names no picture. Add "
+                '"file_name" to every row.'
             )
 
 

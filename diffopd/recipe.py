@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, PrivateAttr, field_validator, model_validator
 
+from diffopd.context import ContextSettings
 from diffopd.errors import UserError
 from diffopd.locate import absolute, find_recipe
 from diffopd.overrides import apply_override
@@ -150,6 +151,7 @@ class TeacherSettings(Called):
     guidance_scale: PositiveOrZero | None = None
     num_inference_steps: Annotated[int, Field(gt=0, le=1000)] | None = None
     ema_decay: Annotated[float, Field(ge=0, le=1)] = 0.9999
+    context: ContextSettings | None = None
 
 
 class ObjectiveSettings(Settings):
@@ -286,6 +288,16 @@ class Recipe(Settings):
     _source: Source = PrivateAttr()
 
     @model_validator(mode="after")
+    def _pictures_can_be_encoded(self) -> Recipe:
+        seeing = [t.name for t in self.teachers if t.context and t.context.kind == "reference_image"]
+        if seeing and self.train.text_encoders == "released":
+            raise ValueError(
+                f'train.text_encoders = "released" lets the VAE go, and teacher {seeing[0]!r} needs it for its '
+                'reference images. Set it to "cached".'
+            )
+        return self
+
+    @model_validator(mode="after")
     def _an_adapter_to_fuse(self) -> Recipe:
         if self.train.fuse_student and self.student.train == "full":
             raise ValueError('train.fuse_student folds an adapter and student.train = "full" has none. Remove it.')
@@ -377,7 +389,9 @@ def _make_paths_absolute(data: dict[str, Any], folder: Path) -> None:
     """Local paths of base, warm start and teachers, in place; wrong types are left to the validation."""
     student, teachers = data.get("student"), data.get("teachers")
     held = [(student, "pretrained_model_name_or_path"), (student, "init_weights")]
-    held += [(teacher, "name") for teacher in teachers] if isinstance(teachers, list) else []
+    for teacher in teachers if isinstance(teachers, list) else []:
+        context = teacher.get("context") if isinstance(teacher, dict) else None
+        held += [(teacher, "name"), (context, "ip_adapter"), (context, "image_encoder")]
     for table, key in held:
         if isinstance(table, dict) and isinstance(table.get(key), str):
             table[key] = absolute(table[key], folder)

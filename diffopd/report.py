@@ -25,6 +25,7 @@ from diffopd.run_folder import RunFolder
 from diffopd.teacher import TeacherCard, teacher_card
 
 NUM_COLORS = 6  # --c0 .. --c5 of the template
+LARGEST_GRID = 768
 LARGEST_PICTURE = 256  # pixels; larger ones are reduced, for the page carries every picture
 STAGES = ("teacher", "student", "objective", "backward", "optimizer")
 Row = dict[str, Any]
@@ -67,6 +68,7 @@ def page_context(folder: RunFolder) -> dict[str, Any]:
         "state_losses": {name: charts.line_chart(lines, ends=True) for name, lines in state_lines(updates, colors)},
         "held_out": charts.line_chart(loss_lines(checks, colors), smooth=False, dots=True),
         "grid": picture_grid(folder.path),
+        "looks": looks(folder.path, metrics),
         "trajectories": trajectories(folder.path),
         "timing": timing(updates),
         "interval_bar": charts.interval_bar,
@@ -209,7 +211,7 @@ def state_lines(rows: list[Row], colors: dict[str, str]) -> list[tuple[str, list
 # Pictures.
 
 
-def picture(root: Path, file: str) -> Row | None:
+def picture(root: Path, file: str, largest: int = LARGEST_PICTURE) -> Row | None:
     """A picture below `root` as a data URI with its size, None where there is none that can be read."""
     path = (root / file).resolve()
     if not path.is_relative_to(root.resolve()):
@@ -219,7 +221,7 @@ def picture(root: Path, file: str) -> Row | None:
             image = opened.convert("RGB")
     except (FileNotFoundError, IsADirectoryError, UnidentifiedImageError):
         return None
-    image.thumbnail((LARGEST_PICTURE, LARGEST_PICTURE))
+    image.thumbnail((largest, largest))
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=True)
     return {"uri": f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}", "width": image.width}
@@ -239,6 +241,19 @@ def picture_grid(run: Path) -> dict[str, list[Row]]:
         ]
         found[entry["task"]].append({"prompt": entry["prompt"], "models": shown})
     return dict(found)
+
+
+def looks(run: Path, metrics: list[Row]) -> Row | None:
+    """What a tuning run was seen to do: its teacher's check and its drawings, None for other runs."""
+    rows, check = [row for row in metrics if row["kind"] == "look"], read_json(run / "teacher-check.json")
+    if not rows and check is None:
+        return None
+    names = ("distance", "drift", "sharpness", "diversity")
+    lines = [Series(n, [(r["update"], r[n]) for r in rows], f"var(--c{i})") for i, n in enumerate(names)]
+    last = f"looks/{rows[-1]['update']:06d}.png" if rows else ""
+    grids = {"check_picture": ("teacher-check.png", check is not None), "picture": (last, bool(rows))}
+    shown = {key: picture(run, file, LARGEST_GRID) if is_there else None for key, (file, is_there) in grids.items()}
+    return {"chart": charts.line_chart(lines, smooth=False, dots=True), "rows": rows, "check": check, **shown}
 
 
 def trajectories(run: Path) -> dict[str, list[Row]]:

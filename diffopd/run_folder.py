@@ -35,6 +35,7 @@ FREE_TO_CHANGE = {
     "train.report_to",
     "train.attention_backend",
 }
+PREPARED = {"task"}  # what may lie in the folder before its run: a task made from pictures
 SCHEDULE = {"train.max_train_steps", "train.max_train_seconds"}  # a cosine falls towards them: fixed under it
 
 
@@ -55,7 +56,7 @@ class RunFolder:
         folder = cls(Path(path))
         if (folder.path / "recipe.json").is_file():
             folder._refuse_another_run(recipe, hashes, processes)
-        elif folder.path.exists() and (not folder.path.is_dir() or any(folder.path.iterdir())):
+        elif folder.path.exists() and not _is_free(folder.path):
             raise UserError(
                 f"output_dir {folder.path} is not empty and holds no run. Nothing was written; "
                 "name a new folder with --output-dir."
@@ -179,6 +180,10 @@ class RunFolder:
         kept = [row for row in rows if row.get("update", 0) <= last and row.get("kind") != "stop"]
         if (self.path / "metrics.jsonl").is_file():
             self.write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def _is_free(path: Path) -> bool:
+    return path.is_dir() and {file.name for file in path.iterdir()} <= PREPARED
 
 
 def _update_of(checkpoint: Path) -> int:

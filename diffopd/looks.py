@@ -1,0 +1,156 @@
+"""What is looked at while a student is tuned: held-out pictures at the deployment step count, never the loss.
+
+An average that follows too fast collapses while its loss falls, so drawings are compared with those of the model as
+it began: nearness to the new pictures, drift on prompts that have nothing to do with them, sharpness, diversity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from PIL import Image
+from rich.console import Console
+
+from diffopd.closeness import distance
+from diffopd.data import read_prompts
+from diffopd.drawing import draw, grid, mean, sharpness
+from diffopd.errors import UserError
+from diffopd.image_file import picture
+from diffopd.metrics import diversity
+from diffopd.run_folder import RunFolder
+from diffopd.teacher_check import check_teacher, not_step_distilled
+from diffopd.tune import Tuning
+from diffopd.tune_recipe import LookSettings
+
+if TYPE_CHECKING:
+    from diffopd.distill import Run
+
+UNRELATED = (
+    "a bowl of fruit on a wooden table",
+    "a lighthouse on a cliff at sunset",
+    "a red bus on a city street",
+    "a cat asleep on a sofa",
+    "a snowy mountain above a lake",
+    "a cup of coffee beside a book",
+    "two children flying a kite",
+    "an old map of the world",
+)
+LEAST_DIVERSITY = 0.3  # of what it was: below, the model draws the same whatever it is asked
+LEAST_SHARPNESS, MOST_SHARPNESS = 0.3, 4.0  # of what it was: below it is mush, above stripes or noise
+
+
+@dataclass
+class Looks:
+    """Looks at one run. `begin` before the first update, then `look`; reason: why the run should stop, if it should."""
+
+    settings: LookSettings
+    folder: RunFolder
+    pictures: list[Path]
+    reason: str | None = None
+    _before: dict[str, list[Image.Image]] = field(default_factory=dict)
+
+    @property
+    def every(self) -> int:
+        """Updates between two looks."""
+        return self.settings.every
+
+    def begin(self, run: Run, *, is_new: bool) -> None:
+        """Draw what the model draws before it is tuned, or take up the drawings that the run began with."""
+        for what, prompts in self._prompts(run).items():
+            files = [self.folder.path / "looks" / f"{what}-{i}.png" for i in range(len(prompts))]
+            if is_new:
+                drawn = self._draw(run, prompts)
+                if run.processes.is_main:
+                    files[0].parent.mkdir(exist_ok=True)
+                    for image, file in zip(drawn, files, strict=True):
+                        image.save(file)
+            missing = next((file for file in files if not is_new and not file.is_file()), None)
+            if missing:
+                raise UserError(
+                    f"{missing}: this run's first drawings are gone, so nothing can be compared with them. Restore the "
+                    "folder, or set look.every = 0."
+                )
+            self._before[what] = drawn if is_new else [picture(file) for file in files]
+
+    def look(self, run: Run, update: int) -> dict[str, float]:
+        """Numbers of this moment; also writes looks/NUMBER.png, the model as it began beside what it is now."""
+        now = {what: self._draw(run, prompts) for what, prompts in self._prompts(run).items()}
+        values = compare(self._before, now, [picture(file) for file in self.pictures])
+        self.reason = self._why_stop(values)
+        if run.processes.is_main:
+            pairs = [pair for what in now for pair in zip(self._before[what], now[what], strict=True)]
+            grid(pairs, ["before", "now"]).save(self.folder.path / "looks" / f"{update:06d}.png")
+        return values
+
+    def _prompts(self, run: Run) -> dict[str, list[str]]:
+        count, file = self.settings.num_prompts, self.settings.unrelated
+        rows = run.teachers[0].test_rows
+        subject = [rows[i % len(rows)].prompt for i in range(count)]  # few prompts are drawn from several noises
+        unrelated = [row.prompt for row in read_prompts(file)] if file else list(UNRELATED)
+        return {"subject": subject, "unrelated": unrelated[:count]}
+
+    def _draw(self, run: Run, prompts: list[str]) -> list[Image.Image]:
+        size, most, drawn = run.recipe.train.batch_size, len(prompts), []
+        for start in range(0, most, size):
+            numbers = range(start, min(start + size, most))
+            drawn += draw(run, run.student.call, [prompts[i] for i in numbers], numbers, None)
+        return drawn
+
+    def _why_stop(self, values: dict[str, float]) -> str | None:
+        if self.settings.stop_on_collapse and is_collapsed(values):
+            return (
+                f"collapse: diversity {values['diversity']:.2f} and sharpness {values['sharpness']:.2f} of what they "
+                "were. Lower learning_rate, or let the teacher follow more slowly (teacher.ema_decay nearer to 1, "
+                'teacher.weights = "frozen")'
+            )
+        limit = self.settings.max_drift
+        if limit is not None and values["drift"] > limit:
+            return f"forgetting: drift {values['drift']:.3f} on unrelated prompts is above look.max_drift = {limit:g}"
+        return None
+
+
+def begin_looking(tuning: Tuning, *, force: bool) -> Callable[[Run, bool], None]:
+    """What the loop calls before its first update: the teacher's check (of a new run), then the first drawings."""
+
+    def begin(run: Run, is_new: bool) -> None:
+        folder = RunFolder(Path(run.recipe.output_dir))
+        if is_new:
+            verdict = check_teacher(run, folder, force=force)
+            warning = not_step_distilled(verdict, run.recipe.student.num_inference_steps)
+            if warning and run.processes.is_main:
+                Console(stderr=True).print(f"Warning: {warning}", style="yellow")
+        if tuning.asked.look.every:
+            run.looks = Looks(tuning.asked.look, folder, [picture.path for picture in tuning.pictures])
+            run.looks.begin(run, is_new=is_new)
+
+    return begin
+
+
+def compare(
+    before: dict[str, list[Image.Image]], now: dict[str, list[Image.Image]], pictures: list[Image.Image]
+) -> dict[str, float]:
+    """Drawings of "subject" and "unrelated" prompts now and before, pairwise from the same noise.
+
+    distance, distance_before: of subject drawings to the nearest picture; drift: of unrelated drawings to those before;
+    sharpness, diversity: of the unrelated drawings, as a share of what they were.
+    """
+
+    def nearest(images: list[Image.Image]) -> float:
+        return mean([min(distance(image, picture) for picture in pictures) for image in images])
+
+    others, others_before = now["unrelated"], before["unrelated"]
+    return {
+        "distance": nearest(now["subject"]),
+        "distance_before": nearest(before["subject"]),
+        "drift": mean([distance(a, b) for a, b in zip(others, others_before, strict=True)]),
+        "sharpness": mean([*map(sharpness, others)]) / max(mean([*map(sharpness, others_before)]), 1e-6),
+        "diversity": diversity(others) / max(diversity(others_before), 1e-6),
+    }
+
+
+def is_collapsed(values: dict[str, float]) -> bool:
+    """Whether the model draws much the same for all prompts, or drawings are mush or stripes."""
+    return values["diversity"] < LEAST_DIVERSITY or not LEAST_SHARPNESS <= values["sharpness"] <= MOST_SHARPNESS

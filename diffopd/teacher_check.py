@@ -1,0 +1,140 @@
+"""Before a student is tuned: does its richer self draw the pictures better than the student does from text alone?
+
+A teacher that cannot draw them with the picture before its eyes has nothing to teach, and a biased one is copied within
+ten updates. Measured by distance, shown as a grid.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+from diffopd.closeness import distance
+from diffopd.data import PromptRow
+from diffopd.drawing import draw, embeddings, grid, mean, sharpness
+from diffopd.errors import UserError
+from diffopd.image_file import picture
+from diffopd.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from diffopd.distill import Run
+
+ROWS = 8
+MORE_STEPS = 4  # times the student's own
+FEW_STEP_SHARPNESS = 0.7  # of its own pictures in more steps: below, a model is hardly made for so few
+GRID = "teacher-check.png"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Mean distances of drawings to their pictures. measure: "image encoder" (1 - cosine) or "pixels" (thumbnails).
+
+    closer: share of the pictures that the context brings nearer. few_step_sharpness: the student's at its own steps as
+    a share of that in four times as many, None where its call fixes the grid.
+    """
+
+    measure: str
+    with_context: float
+    without_context: float
+    closer: float
+    pixels_with_context: float
+    pixels_without_context: float
+    few_step_sharpness: float | None
+
+    @property
+    def passed(self) -> bool:
+        """Whether the teacher with its context comes nearer."""
+        return self.with_context < self.without_context
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    target: Image.Image
+    without: Image.Image
+    with_context: Image.Image
+
+
+def check_teacher(run: Run, folder: RunFolder, *, force: bool = False) -> Verdict:
+    """Draw up to eight training pictures with and without the context; write teacher-check.png and .json.
+
+    Raises UserError with the numbers and the grid where the context does not help, unless forced.
+    """
+    from diffopd.distill import batches_of
+
+    teacher, drawn = run.teachers[0], []
+    for numbers, rows in batches_of(run, teacher, list(enumerate(teacher.train_rows[:ROWS]))):
+        drawn += _draw_both(run, rows, numbers)
+    verdict = _judge(run, drawn)
+    if run.processes.is_main:
+        page = grid([(d.target, d.without, d.with_context) for d in drawn], ["picture", "text", "context"])
+        page.save(folder.path / GRID)
+        folder.write("teacher-check.json", json.dumps(asdict(verdict) | {"passed": verdict.passed}, indent=1))
+    if not (verdict.passed or force):
+        raise UserError(
+            f"The teacher does not draw the pictures better with its context ({verdict.with_context:.3f} by "
+            f"{verdict.measure}) than from text alone ({verdict.without_context:.3f}; nearer in "
+            f"{100 * verdict.closer:.0f} % of {len(drawn)}): it has nothing to teach. Look at {folder.path / GRID}. "
+            "Try another context (context.kind, context.scale, richer captions) or model; --force trains anyway."
+        )
+    return verdict
+
+
+def not_step_distilled(verdict: Verdict, num_inference_steps: int) -> str | None:
+    """A warning for a model whose few-step pictures are much duller than its many-step ones, None for others."""
+    if verdict.few_step_sharpness is None or verdict.few_step_sharpness >= FEW_STEP_SHARPNESS:
+        return None
+    return (
+        f"In {num_inference_steps} steps this model draws with {100 * verdict.few_step_sharpness:.0f} % of the "
+        f"sharpness that it has in {MORE_STEPS * num_inference_steps}: it is hardly distilled to so few. Tuning keeps "
+        "the steps that a model has and gives it none. Set student.num_inference_steps to those it is made for, or "
+        "distil it first."
+    )
+
+
+def _draw_both(run: Run, rows: list[PromptRow], numbers: list[int]) -> list[_Drawn]:
+    teacher, size = run.teachers[0], rows[0].bucket
+    without = draw(run, run.student.call, [row.prompt for row in rows], numbers, size)
+    seeing = teacher.call.told(num_inference_steps=run.recipe.student.num_inference_steps)
+    seeing = seeing.told(**teacher.context.arguments(rows))
+    richer = draw(run, seeing, teacher.context.prompts(rows), numbers, size)
+    targets = [picture(row.metadata["file_name"], image.size) for row, image in zip(rows, richer, strict=True)]
+    return [_Drawn(*three) for three in zip(targets, without, richer, strict=True)]
+
+
+def _judge(run: Run, drawn: list[_Drawn]) -> Verdict:
+    pixels = {side: [distance(getattr(d, side), d.target) for d in drawn] for side in ("without", "with_context")}
+    measure, used = "pixels", pixels
+    pipeline = run.teachers[0].call.pipeline
+    targets = embeddings(pipeline, [d.target for d in drawn])
+    if targets is not None:
+        measure, used = "image encoder", {}
+        for side in pixels:
+            seen = embeddings(pipeline, [getattr(d, side) for d in drawn])
+            used[side] = [float(value) for value in 1.0 - (seen * targets).sum(1)]
+    nearer = np.asarray(used["with_context"]) < np.asarray(used["without"])
+    return Verdict(
+        measure,
+        mean(used["with_context"]),
+        mean(used["without"]),
+        mean(nearer),
+        mean(pixels["with_context"]),
+        mean(pixels["without"]),
+        _few_step_sharpness(run),
+    )
+
+
+def _few_step_sharpness(run: Run) -> float | None:
+    from diffopd.distill import batches_of
+
+    if {"sigmas", "timesteps"} & set(run.student.call.arguments):
+        return None
+    numbers, rows = batches_of(run, run.teachers[0], list(enumerate(run.teachers[0].train_rows[:ROWS])))[0]
+    prompts, size, call = [row.prompt for row in rows], rows[0].bucket, run.student.call
+    few = mean([sharpness(image) for image in draw(run, call, prompts, numbers, size)])
+    many_steps = call.told(num_inference_steps=MORE_STEPS * run.recipe.student.num_inference_steps)
+    many = mean([sharpness(image) for image in draw(run, many_steps, prompts, numbers, size)])
+    return few / max(many, 1e-6)
