@@ -22,9 +22,9 @@ WEIGHT_FLOOR = 1e-5  # DiffusionNFT's: the limit of an exact prediction, where t
 def advantages(rewards: Tensor, groups: Sequence[Hashable], *, std: str = "prompt", clip: float = 5.0) -> Tensor:
     """How much better a picture is than others of its prompt: (r - mean) / (std + 1e-4), in [-clip, clip]; (B,).
 
-    Eq. (4) of Flow-GRPO, arXiv:2505.05470. rewards (B,); rows of one group are pictures of one prompt. The mean is
-    always the group's; std "prompt" is the group's too, "batch" that of all rewards (the released code's
-    global_std): a prompt whose pictures hardly differ then hardly counts. Both are population standard deviations.
+    The advantage of Flow-GRPO, Eq. (4) of arXiv:2505.05470. rewards (B,); rows of one group are pictures of one
+    prompt. The mean is always the group's; std "prompt" is the group's too, "batch" that of all rewards (the released
+    code's global_std): a prompt whose pictures hardly differ then hardly counts. Both are population deviations.
 
     Raises ValueError for another `std`, lengths that differ, or rewards that are not finite.
     """

@@ -180,7 +180,7 @@ def _check_noise(recipe: Recipe, scheduler: Any, visits: int) -> None:
             )
         return
     place = f"{recipe.place('objective', 'name')}: objective {objective.name!r}"
-    if not _draws_noise(recipe, scheduler):
+    if not draws_noise(recipe, scheduler):
         named = f"solver {student.solver!r} with noise_level = {student.noise_level:g}"
         what = type(scheduler).__name__ if student.solver == "native" else named
         raise UserError(
@@ -195,7 +195,7 @@ def _check_noise(recipe: Recipe, scheduler: Any, visits: int) -> None:
         )
 
 
-def _draws_noise(recipe: Recipe, scheduler: Any) -> bool:
+def draws_noise(recipe: Recipe, scheduler: Any) -> bool:
     """Whether the steps of the student's walk draw noise."""
     from diffopd.solver import SOLVERS
 

@@ -268,18 +268,24 @@ def read_recipe(path_or_name: str | Path, overrides: list[str] | None = None) ->
     Relative paths in the file are taken from its folder, those of overrides from the current folder.
     Raises UserError naming file, line and key for anything that is not allowed.
     """
-    data, source = read_toml(find_recipe(str(path_or_name)))
+    data, source = read_overridden(find_recipe(str(path_or_name)), overrides)
+    if "name" in data:
+        data.setdefault("output_dir", f"runs/{data['name']}")
+    else:
+        raise UserError(f'{source.path}: name is missing. Add name = "..." at the top.')
+    return from_resolved(data, source)
+
+
+def read_overridden(path: Path, overrides: list[str] | None = None) -> tuple[dict[str, Any], Source]:
+    """A recipe file's settings with overrides put in and local paths made absolute, not yet validated."""
+    data, source = read_toml(path)
     _make_paths_absolute(data, source.path.parent)
     replaced: dict[Location, str] = {}
     for option in overrides or []:
         location = apply_override(data, option)
         replaced[location] = option
     _make_paths_absolute(data, Path.cwd())
-    if "name" in data:
-        data.setdefault("output_dir", f"runs/{data['name']}")
-    else:
-        raise UserError(f'{source.path}: name is missing. Add name = "..." at the top.')
-    return from_resolved(data, Source(source.path, source.text, source.lines, replaced))
+    return data, Source(source.path, source.text, source.lines, replaced)
 
 
 def from_resolved(data: dict[str, Any], source: Source) -> Recipe:
