@@ -1,0 +1,11 @@
+"""Shipped rewards by name. Each module stands alone: it imports nothing of diffopd, and heavy packages only when made.
+
+A reward is made once, with its options, and called as reward(images, prompts, metadata) -> (B,). `packages` of its
+class are the ones to be imported that a plain installation may lack; its docstring names the extra that has them.
+"""
+
+SHIPPED = {
+    "jpeg_compressibility": "diffopd.rewards.pixels:JpegCompressibility",
+    "jpeg_incompressibility": "diffopd.rewards.pixels:JpegIncompressibility",
+    "sharpness": "diffopd.rewards.pixels:Sharpness",
+}
