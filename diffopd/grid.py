@@ -123,6 +123,11 @@ def _check_step_settings(recipe: Recipe, visits: int) -> None:
             f"{recipe.place('objective', 'step_weights')}: {len(objective.step_weights)} weights for {visits} "
             "steps. Give one weight per step."
         )
+    if isinstance(objective.query, dict) and objective.query.get("random", 0) > visits:
+        raise UserError(
+            f"{recipe.place('objective', 'query')}: the query draws {objective.query['random']} of {visits} steps. "
+            "Draw at most all of them."
+        )
     if isinstance(objective.query, dict) and max(objective.query.get("indices", [0])) >= visits:
         raise UserError(
             f"{recipe.place('objective', 'query')}: the walk has steps 0 to {visits - 1}, the query names step "
@@ -213,7 +218,9 @@ def _asks_at(query: str | dict[str, Any], index: int, visits: int) -> bool:
     """Whether a query may supervise this state."""
     from diffopd.query import supervised_states
 
-    return query == "one_low_noise" or index in supervised_states(query, visits, seed=(0,))
+    if query == "one_low_noise" or (isinstance(query, dict) and "random" in query):
+        return True
+    return index in supervised_states(query, visits, seed=(0,))
 
 
 def _check_first_state(recipe: Recipe, scheduler: Any, grid: Grid) -> None:

@@ -137,9 +137,11 @@ class ObjectiveSettings(Settings):
         if only[0] == "indices" and isinstance(only[1], list) and only[1] and all(map(_is_index, only[1])):
             if len(set(only[1])) == len(only[1]):
                 return value
+        if only[0] == "random" and _is_index(only[1]) and only[1] > 0:
+            return value
         raise ValueError(
-            f'{value!r} is not allowed. Give "all", "one_low_noise", {{fraction = F}} with 0 < F <= 1, or '
-            "{indices = [..]} with different step numbers from 0."
+            f'{value!r} is not allowed. Give "all", "one_low_noise", {{fraction = F}} with 0 < F <= 1, {{random = N}} '
+            "with N > 0, or {indices = [..]} with different step numbers from 0."
         )
 
     @model_validator(mode="after")
