@@ -14,6 +14,7 @@ from torch import Tensor
 from diffopd import estimators
 from diffopd.data_states import next_place, noised
 from diffopd.drive import Call, Visit, Walk
+from diffopd.errors import UserError
 from diffopd.prediction import Transition
 from diffopd.sampling import Sampled
 from diffopd.schedulers import Place
@@ -130,11 +131,14 @@ def learn(
 def with_noise(batch: Sampled, indices: Collection[int]) -> list[int]:
     """The supervised states whose step drew noise: a step without has no density and teaches nothing.
 
-    Raises ValueError where none is left.
+    Raises UserError where none is left.
     """
     kept = [index for index in indices if batch.taken[index].transition.std > 0]
     if not kept:
-        raise ValueError("no supervised step draws noise, so no step has a density that a ratio could be of.")
+        raise UserError(
+            f"objective.query supervises steps {sorted(indices)} of this walk, none of which draws noise: there is no "
+            'density that a ratio could be of. Name other steps, or "all": those without noise are left out.'
+        )
     return kept
 
 

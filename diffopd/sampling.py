@@ -111,8 +111,14 @@ def joined(parts: Sequence[Sampled]) -> Sampled:
 
 
 def score(reward: Reward, images: list[Any], rows: list[PromptRow]) -> Tensor:
-    """The reward of B images, (B,) float64. Raises UserError for another number of scores, or one not finite."""
-    given = reward(images, [row.prompt for row in rows], [row.metadata for row in rows])
+    """The reward of B images, (B,) float64.
+
+    Raises UserError where the reward refuses a row, for another number of scores, or one that is not finite.
+    """
+    try:
+        given = reward(images, [row.prompt for row in rows], [row.metadata for row in rows])
+    except (ValueError, KeyError) as error:
+        raise UserError(f"The reward cannot score a picture: {type(error).__name__}: {error}") from error
     scores = torch.as_tensor(given, dtype=torch.float64).cpu().flatten()
     if len(scores) != len(images):
         raise UserError(f"The reward gave {len(scores)} scores for {len(images)} pictures. It must give one for each.")

@@ -221,7 +221,7 @@ def optimizer_step(
     places = [i for i, number in enumerate(batch.numbers) if number % parts == step] if batch else []
     count = len(range(step, recipe.num_pictures, parts))
     for chosen in run.batches(places):
-        learn_part(run, update, batch.part(chosen), good[chosen], count, measures, watch)
+        learn_part(run, update, step, batch.part(chosen), good[chosen], count, measures, watch)
     with watch("optimizer"):
         run.processes.sum_gradients(trained.parameters.values())
         norm = torch.nn.utils.clip_grad_norm_(trained.parameters.values(), train.max_grad_norm)
@@ -235,16 +235,16 @@ def optimizer_step(
 
 
 def learn_part(
-    run: TeachRun, update: int, part: Sampled, good: Tensor, count: int, measures: Measures, watch: Watch
+    run: TeachRun, update: int, step: int, part: Sampled, good: Tensor, count: int, measures: Measures, watch: Watch
 ) -> None:
-    """Back one micro-batch of an optimizer step on `count` pictures."""
+    """Back one micro-batch of an update's optimizer step `step`, which is on `count` pictures."""
     try:
         learn(
             run.sides,
             part,
             good.to(run.device),
             settings=run.recipe.estimator,
-            manner=loop.manner_of(run.recipe, run.walk.num_visits, update, 0),
+            manner=loop.manner_of(run.recipe, run.walk.num_visits, update, step),
             place=run.walk.place,
             noise=lambda index: run.noise(update, LEARN - index, part.numbers),
             backward=lambda loss: (loss.sum() / count).backward(),
