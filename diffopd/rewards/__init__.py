@@ -5,7 +5,14 @@ class are the ones to be imported that a plain installation may lack; its docstr
 """
 
 SHIPPED = {
+    "aesthetic": "diffopd.rewards.clip:Aesthetic",
+    "clip_score": "diffopd.rewards.clip:ClipScore",
+    "composition": "diffopd.rewards.composition:Composition",
+    "dino_similarity": "diffopd.rewards.dino:DinoSimilarity",
+    "hps_v2": "diffopd.rewards.clip:HPSv2",
     "jpeg_compressibility": "diffopd.rewards.pixels:JpegCompressibility",
     "jpeg_incompressibility": "diffopd.rewards.pixels:JpegIncompressibility",
+    "ocr": "diffopd.rewards.ocr:OCR",
+    "pick_score": "diffopd.rewards.clip:PickScore",
     "sharpness": "diffopd.rewards.pixels:Sharpness",
 }
