@@ -22,6 +22,7 @@ from diffopd.supervise import Manner, NonFiniteLoss, StudentWalk, Watch
 from diffopd.teach_recipe import EstimatorSettings
 
 Backward = Callable[[Tensor], None]
+LEAST_STD = 1e-5  # below it a draw is lost in the rounding of a float32 sample near 1 (DDPM's last step has 1e-10)
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ def with_noise(batch: Sampled, indices: Collection[int]) -> list[int]:
 
     Raises UserError where none is left.
     """
-    kept = [index for index in indices if batch.taken[index].transition.std > 0]
+    kept = [index for index in indices if batch.taken[index].transition.std > LEAST_STD]
     if not kept:
         raise UserError(
             f"objective.query supervises steps {sorted(indices)} of this walk, none of which draws noise: there is no "
