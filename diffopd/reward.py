@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from diffopd.errors import UserError, suggestion
 from diffopd.rewards import SHIPPED
@@ -27,7 +28,7 @@ class WeightedSum:
         """(B,) float64. Raises ValueError for a term that gives another number of scores."""
         total = np.zeros(len(images))
         for name, weight, reward in self.terms:
-            scores = np.asarray(reward(images, prompts, metadata), dtype=np.float64).reshape(-1)
+            scores = torch.as_tensor(reward(images, prompts, metadata), dtype=torch.float64).cpu().numpy().reshape(-1)
             if len(scores) != len(images):
                 raise ValueError(f"reward {name!r} gave {len(scores)} scores for {len(images)} pictures.")
             total += weight * scores

@@ -196,12 +196,7 @@ def given_pictures(run: TeachRun, update: int, mine: list[int], watch: Watch) ->
         return None
     rows = [run.row(update, number) for number in mine]
     with watch("pictures"):
-        if run.pictures is None:
-            latents = encode_pictures(run.student.pipeline, rows)
-        else:
-            seeds = [noise.hash_of(run.recipe.seed, update, number) for number in mine]
-            images = run.pictures([row.prompt for row in rows], [row.metadata for row in rows], seeds)
-            latents = encode_images(run.student.pipeline, images)
+        latents = torch.cat([encoded(run, update, numbers) for numbers in run.batches(mine)])
     if latents.shape[1:] != run.walk.shape:
         raise UserError(
             f"Training pictures become latents of shape {tuple(latents.shape[1:])}, but this pipeline walks on "
@@ -209,6 +204,18 @@ def given_pictures(run: TeachRun, update: int, mine: list[int], watch: Watch) ->
             "scheduler cannot be taught from pictures."
         )
     return Sampled(rows, mine, latents, latents)
+
+
+def encoded(run: TeachRun, update: int, numbers: list[int]) -> Tensor:
+    """Latents (B, ...) of one batch of training pictures."""
+    rows = [run.row(update, number) for number in numbers]
+    if run.pictures is None:
+        return encode_pictures(run.student.pipeline, rows)
+    seeds = [noise.hash_of(run.recipe.seed, update, number) for number in numbers]
+    images = run.pictures([row.prompt for row in rows], [row.metadata for row in rows], seeds)
+    if len(images) != len(rows):
+        raise UserError(f"pictures = {run.recipe.pictures!r} gave {len(images)} pictures for {len(rows)} rows.")
+    return encode_images(run.student.pipeline, images)
 
 
 def optimizer_step(
