@@ -27,10 +27,10 @@ def assemble_sides(recipe: TeachRecipe) -> dict[str, Any]:
 
     Raises UserError for anything that is missing or does not fit.
     """
+    processes, device = join_processes(), default_device()  # first: rewards must find this process's own GPU
     reward = None if recipe.is_supervised else reward_of(recipe)
     tasks = watched_tasks(recipe, reward)
     pictures = picture_function(recipe)
-    processes, device = join_processes(), default_device()
     student, _ = assemble(recipe, device)
     old, base, follow = _other_sides(recipe, student)
     rows = read_prompts(recipe.card.prompts.train)
