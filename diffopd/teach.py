@@ -7,70 +7,29 @@ part). A supervised teacher takes given pictures instead of sampled ones. To res
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from diffopd import distill as loop
 from diffopd import noise
-from diffopd.adapters import Average, autocast_forward
-from diffopd.assemble import Student
+from diffopd.adapters import autocast_forward
 from diffopd.checkpoint import Trained, averaged, load_checkpoint
-from diffopd.data import PromptRow
 from diffopd.data_states import encode_images, encode_pictures
-from diffopd.drive import Survey, denoiser_of
+from diffopd.drive import denoiser_of
 from diffopd.errors import UserError
 from diffopd.estimators import advantages, optimality
-from diffopd.learning import Measures, Sides, learn
-from diffopd.processes import Processes
-from diffopd.reward_watch import RewardWatch
+from diffopd.learning import Measures, learn
 from diffopd.run_folder import RunFolder
 from diffopd.sampling import Sampled, gathered, joined, sample, score
 from diffopd.supervise import NonFiniteLoss, Watch
 from diffopd.teach_log import Round, TeachLog
 from diffopd.teach_recipe import POLICY_GRADIENT, TeachRecipe
-from diffopd.teach_sides import assemble_sides
-from diffopd.teacher import Reward
+from diffopd.teach_run import TeachRun, assemble_run
 
 LEARN = -1  # solver-step keys of the noise that pictures are noised with: -1, -2, ...; sampling has 0, 1, ...
-
-
-@dataclass
-class TeachRun:
-    """What one update needs. pictures: for supervised teachers, rows and seeds to B PIL images (None: from files)."""
-
-    recipe: TeachRecipe
-    student: Student
-    sides: Sides
-    follow: tuple[Average, dict[str, nn.Parameter]] | None
-    walk: Survey
-    rows: list[PromptRow]
-    reward: Reward | None
-    watch: RewardWatch
-    processes: Processes
-    device: str
-    pictures: Callable[..., list[object]] | None = None
-    teachers: list[object] = field(default_factory=list)  # of a distillation run; here there are none
-
-    def noise(self, update: int, solver_step: int, numbers: list[int]) -> Tensor:
-        """Standard normal (B, ...), a function of (seed, update, solver_step, picture's number)."""
-        keys = {"run_seed": self.recipe.seed, "update": update, "solver_step": solver_step, "sample_indices": numbers}
-        return noise.draw(self.walk.shape, **keys).to(self.device)
-
-    def row(self, update: int, number: int) -> PromptRow:
-        """The prompt of a picture: every pass over the file is a fresh permutation, a group shares its prompt."""
-        place = update * self.recipe.sampling.num_prompts + number // self.recipe.group_size
-        epoch, place = divmod(place, len(self.rows))
-        return self.rows[noise.permuted(place, len(self.rows), self.recipe.seed, epoch, self.recipe.card.name)]
-
-    def batches(self, numbers: list[int]) -> Iterator[list[int]]:
-        """Consecutive micro-batches of at most train.batch_size."""
-        size = self.recipe.train.batch_size
-        return (numbers[start : start + size] for start in range(0, len(numbers), size))
 
 
 def teach(recipe: TeachRecipe, folder: RunFolder) -> bool:
@@ -99,11 +58,6 @@ def teach(recipe: TeachRecipe, folder: RunFolder) -> bool:
         log.stop(reason)
     run.processes.wait()
     return reason != loop.INTERRUPTED
-
-
-def assemble_run(recipe: TeachRecipe) -> TeachRun:
-    """Load what a run needs. Raises UserError for anything that is missing or does not fit."""
-    return TeachRun(recipe, **assemble_sides(recipe))
 
 
 def trained_of(run: TeachRun) -> Trained:

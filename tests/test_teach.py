@@ -1,6 +1,8 @@
 """Making teachers on the tiny world: every estimator learns, runs resume, weights are written only when asked."""
 
 import json
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +22,7 @@ from diffopd.teach_check import check_teach
 from diffopd.teach_recipe import read_teach_recipe
 from diffopd.teacher import teacher_card, weights_sha256
 
+ROOT = Path(__file__).parents[1]
 TEXT = """
 [student]
 rank = 4
@@ -290,15 +293,40 @@ def test_a_folder_without_teach_toml_names_the_files_it_has(folder):
     assert read_teach_recipe(str(folder / "nft.toml")).estimator.name == "nft"
 
 
-def test_two_processes_make_the_update_of_one(folder):
-    write(folder, updates=1)
-    options = ["train.adam_epsilon=1.0", "train.learning_rate=10.0"]  # updates in proportion to the gradient
-    alone = run(folder, *options, name="alone").path
-    together = folder.parent / "together"
-    arguments = ["teach", str(folder), "--processes", "2", "--output-dir", str(together)]
-    arguments += [word for option in options for word in ("--set", option)]
-    subprocess.run([sys.executable, "-m", "diffopd.cli", *arguments], check=True, timeout=280)
-    one, two = (load_file(path / "checkpoint-1/state/parameters.safetensors") for path in (alone, together))
-    moved = max(float(one[key].abs().max()) for key in one if "lora_B" in key)
+IN_PROPORTION = ["train.adam_epsilon=1.0", "train.learning_rate=10.0"]  # updates in proportion to the gradient
+
+
+def trained(path: Path) -> dict[str, torch.Tensor]:
+    return load_file(path / "checkpoint-1/state/parameters.safetensors")
+
+
+def assert_same_update(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> None:
+    moved = max(float(value.abs().max()) for key, value in one.items() if "lora_B" in key)
     assert moved > 1e-3
     assert all(torch.allclose(one[key], two[key], atol=1e-4 * moved) for key in one)
+
+
+def test_an_update_does_not_depend_on_its_micro_batches(folder):
+    write(folder, updates=1)
+    whole = run(folder, *IN_PROPORTION, name="whole").path
+    uneven = run(folder, *IN_PROPORTION, "train.batch_size=5", name="uneven").path
+    assert_same_update(trained(whole), trained(uneven))
+
+
+def test_two_processes_make_the_update_of_one(folder):
+    write(folder, updates=1)
+    alone, together = run(folder, *IN_PROPORTION, name="alone").path, folder.parent / "together"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    command = [sys.executable, "-m", "diffopd.cli", "teach", str(folder), "--output-dir", str(together)]
+    command += [word for option in IN_PROPORTION for word in ("--set", option)]
+    ranks = [{**os.environ, **group, "PYTHONPATH": str(ROOT), "RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
+    started = [subprocess.Popen(command, env=rank, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for rank in ranks]
+    try:
+        outputs = [process.communicate(timeout=240)[0].decode() for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [0, 0], outputs
+    assert_same_update(trained(alone), trained(together))
