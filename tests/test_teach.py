@@ -293,6 +293,14 @@ def test_a_folder_without_teach_toml_names_the_files_it_has(folder):
     assert read_teach_recipe(str(folder / "nft.toml")).estimator.name == "nft"
 
 
+def test_a_run_of_teach_is_told_from_one_of_distill(folder):
+    write(folder)
+    recipe = read_teach_recipe(str(folder), [f'output_dir="{folder.parent / "run"}"'])
+    made = RunFolder.create(recipe.output_dir, recipe, check_teach(recipe).hashes)
+    shown = CliRunner().invoke(app, ["evaluate", str(made.path)])
+    assert shown.exit_code == 2 and "is a run of `diffopd teach`" in " ".join(shown.output.split())
+
+
 IN_PROPORTION = ["train.adam_epsilon=1.0", "train.learning_rate=10.0"]  # updates in proportion to the gradient
 
 
