@@ -246,14 +246,14 @@ def _teacher(
 ) -> Teacher:
     pipeline, follow = shell(base) if own is None else with_denoiser(base, own.module), None
     if card.form == "ema":
-        pipeline, follow = _self_teacher(recipe, settings, base, student_pipeline, parameters)
+        pipeline, follow = self_teacher(recipe, settings, base, student_pipeline, parameters)
     guidance = settings.guidance_scale if settings.guidance_scale is not None else card.guidance_scale
     arguments = {"guidance_scale": guidance, "output_type": "latent", **settings.call}
     train, test = (read_prompts(path) for path in (card.prompts.train, card.prompts.test))
     return Teacher(card.name, card, Call(pipeline, arguments), train, test, settings.weight, follow)
 
 
-def _self_teacher(
+def self_teacher(
     recipe: Recipe, settings: TeacherSettings, base: Any, student_pipeline: Any, parameters: dict[str, nn.Parameter]
 ) -> tuple[Any, tuple[Average, dict[str, nn.Parameter]]]:
     """A second adapter (or copy) that follows the student; it starts as a copy of the student's weights."""

@@ -119,6 +119,54 @@ def tune(
 
 
 @app.command()
+def teach(
+    teacher: Annotated[str, typer.Argument(help="A shipped teacher, a teacher's folder, or a .toml file in one.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override, such as train.batch_size=8."),
+    ] = None,
+    output_dir: Annotated[Path | None, typer.Option(help="Run folder (default: runs/teach-NAME).")] = None,
+    processes: Annotated[int, typer.Option(min=1, help="Share the pictures of each update among processes.")] = 1,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved plan and stop.")] = False,
+    write: Annotated[
+        bool, typer.Option("--write", help="At the end put the weights, and their sha256, into the teacher's folder.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="With --write: replace weights there.")] = False,
+) -> None:
+    """Make the weights that a teacher's folder describes (teach.toml), from pictures or from a reward."""
+    from diffopd.teach_check import check_teach, render_teach
+    from diffopd.teach_recipe import read_teach_recipe
+    from diffopd.teach_write import check_writable, write_weights
+
+    if overwrite and not write:
+        raise UserError("--overwrite has no effect without --write. Give both, or neither.")
+    options = list(overrides or []) + ([f"output_dir={json.dumps(str(output_dir))}"] if output_dir else [])
+    read = read_teach_recipe(teacher, options)
+    _quiet_libraries()
+    if write:
+        check_writable(read, overwrite=overwrite)
+    found = check_teach(read, hash_weights=not dry_run)
+    if dry_run:
+        from rich.console import Console
+
+        Console().print(render_teach(found))
+        return
+    count = int(os.environ.get("WORLD_SIZE", processes))
+    folder = _run_folder(read, found.hashes, count)
+    if count > 1 and "WORLD_SIZE" not in os.environ:
+        from diffopd.launch import launch
+
+        raise typer.Exit(launch(count, sys.argv[1:]))
+    from diffopd.teach import teach as train
+
+    if not train(read, folder):
+        raise typer.Exit(130)
+    if _is_main():
+        made = write_weights(read, folder, overwrite=overwrite) if write else folder.latest_checkpoint()
+        typer.echo(f"Done: the teacher's weights are in {made}.")
+
+
+@app.command()
 def evaluate(
     run: RunArgument,
     everything: Annotated[

@@ -23,8 +23,13 @@ def encode_pictures(pipeline: Any, rows: list[PromptRow]) -> Tensor:
 
     Raises UserError for a row without "file_name" or a picture that cannot be read.
     """
+    return encode_images(pipeline, [_picture(row) for row in rows])
+
+
+def encode_images(pipeline: Any, images: list[Image.Image]) -> Tensor:
+    """Scaled latents (B, C, h, w) of B PIL images of one size, the autoencoder's mean."""
     vae = pipeline.vae
-    pixels = torch.stack([_pixels(row) for row in rows]).to(device=vae.device, dtype=vae.dtype)
+    pixels = torch.stack([_pixels(image) for image in images]).to(device=vae.device, dtype=vae.dtype)
     with torch.no_grad():
         latents = vae.encode(pixels).latent_dist.mean
     shift = getattr(vae.config, "shift_factor", None) or 0.0
@@ -42,7 +47,7 @@ def next_place(visit: Visit) -> Place:
     return Place(here.sigma_next, 0.0, here.path)
 
 
-def _pixels(row: PromptRow) -> Tensor:
+def _picture(row: PromptRow) -> Image.Image:
     name = row.metadata.get("file_name")
     if not isinstance(name, str):
         raise UserError(
@@ -51,7 +56,11 @@ def _pixels(row: PromptRow) -> Tensor:
         )
     try:
         with Image.open(name) as image:
-            array = np.asarray(image.convert("RGB"), dtype=np.float32)
+            return image.convert("RGB")
     except OSError as error:
         raise UserError(f"{name}: the picture of prompt {row.prompt!r} cannot be read: {error}") from error
+
+
+def _pixels(image: Image.Image) -> Tensor:
+    array = np.asarray(image.convert("RGB"), dtype=np.float32)
     return torch.from_numpy(array).permute(2, 0, 1) / 127.5 - 1

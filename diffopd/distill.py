@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -127,20 +127,30 @@ def preflight(run: Run) -> dict[str, float]:
     return first
 
 
-def _updates(run: Run, trained: Trained, folder: RunFolder, log: TrainingLog) -> str:
-    """Train until a reason to stop; returns it. Ctrl-C, in any process, saves and stops after the update in hand."""
+def _updates(
+    run: Run,
+    trained: Trained,
+    folder: RunFolder,
+    log: TrainingLog,
+    one: Callable[..., Any] | None = None,
+    validate: Callable[..., Any] | None = None,
+) -> str:
+    """Train until a reason to stop; returns it. Ctrl-C, in any process, saves and stops after the update in hand.
+
+    one, validate: another update and held-out check than distillation's; what they return is the log's.
+    """
     progress, train = trained.progress, run.recipe.train
     began = time.monotonic() - progress.seconds
     reason = _finished(run, progress)
     with deferred_interrupt(STOPPING if run.processes.is_main else "") as interrupt:
         while reason is None:
             watch = Watch()
-            losses = one_update(run, trained, watch)
+            losses = (one or one_update)(run, trained, watch)
             progress.update += 1
             progress.seconds = run.processes.of_main(time.monotonic() - began)  # schedules must not differ
             log.update(losses, trained.optimizer.param_groups[0]["lr"], watch)
             if train.validate_every and progress.update % train.validate_every == 0:
-                log.validation(_validate(run, trained))
+                log.validation((validate or _validate)(run, trained))
             if run.looks and progress.update % run.looks.every == 0:
                 with averaged(trained):
                     log.look(run.looks.look(run, progress.update))

@@ -175,6 +175,11 @@ def _check_step_settings(recipe: Recipe, visits: int) -> None:
             f"{recipe.place('objective', 'step_weights')}: {len(objective.step_weights)} weights for {visits} "
             "steps. Give one weight per step."
         )
+    if isinstance(objective.query, dict) and objective.query.get("random", 0) > visits:
+        raise UserError(
+            f"{recipe.place('objective', 'query')}: the query draws {objective.query['random']} of {visits} steps. "
+            "Draw at most all of them."
+        )
     if isinstance(objective.query, dict) and max(objective.query.get("indices", [0])) >= visits:
         raise UserError(
             f"{recipe.place('objective', 'query')}: the walk has steps 0 to {visits - 1}, the query names step "
@@ -232,7 +237,7 @@ def _check_noise(recipe: Recipe, scheduler: Any, visits: int) -> None:
             )
         return
     place = f"{recipe.place('objective', 'name')}: objective {objective.name!r}"
-    if not _draws_noise(recipe, scheduler):
+    if not draws_noise(recipe, scheduler):
         named = f"solver {student.solver!r} with noise_level = {student.noise_level:g}"
         what = type(scheduler).__name__ if student.solver == "native" else named
         raise UserError(
@@ -247,7 +252,7 @@ def _check_noise(recipe: Recipe, scheduler: Any, visits: int) -> None:
         )
 
 
-def _draws_noise(recipe: Recipe, scheduler: Any) -> bool:
+def draws_noise(recipe: Recipe, scheduler: Any) -> bool:
     """Whether the steps of the student's walk draw noise."""
     from diffopd.solver import SOLVERS
 
@@ -265,7 +270,9 @@ def _asks_at(query: str | dict[str, Any], index: int, visits: int) -> bool:
     """Whether a query may supervise this state."""
     from diffopd.query import supervised_states
 
-    return query == "one_low_noise" or index in supervised_states(query, visits, seed=(0,))
+    if query == "one_low_noise" or (isinstance(query, dict) and "random" in query):
+        return True
+    return index in supervised_states(query, visits, seed=(0,))
 
 
 def _check_first_state(recipe: Recipe, scheduler: Any, grid: Grid) -> None:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 class TrainingLog:
     """Open while a run trains. Only the main process shows and writes anything."""
 
+    title = "distill"
+
     def __init__(self, folder: RunFolder, recipe: Recipe, progress: Progress, *, is_main: bool) -> None:
         self._folder, self._progress, self._is_main = folder, progress, is_main
         train = recipe.train
@@ -37,7 +39,7 @@ class TrainingLog:
         )
         self._trackers = start_trackers(train.report_to, recipe, folder) if is_main else []
         self._bar = Bar(*columns, TimeElapsedColumn(), TimeRemainingColumn(), disable=not is_main)
-        self._task = self._bar.add_task("distill", total=self._total, completed=self._done(), note="")
+        self._task = self._bar.add_task(self.title, total=self._total, completed=self._done(), note="")
 
     def __enter__(self) -> TrainingLog:
         self._bar.start()

@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from diffopd.noise import uniform
+from diffopd.noise import permuted, uniform
 
 
 def supervised_states(query: str | dict[str, Any], num_visits: int, *, seed: tuple[int, ...]) -> list[int]:
     """State indices in [0, num_visits), increasing; a function of the query, the length and the seed integers.
 
     "all"; {"fraction": p}: the first max(1, floor(p K)), as the released DiffusionOPD trains the first 9 of 10;
-    {"indices": [...]}; "one_low_noise": one index floor(K Beta(5, 2)), DanceOPD (arXiv:2606.27377). The rollout ends
-    at the last of them. Raises ValueError for an unknown query or an index outside the walk.
+    {"indices": [...]}; "one_low_noise": one index floor(K Beta(5, 2)), DanceOPD (arXiv:2606.27377); {"random": n}: n
+    different ones, uniformly. The rollout ends at the last of them. Raises ValueError for an unknown query or an index
+    outside the walk.
     """
     if query == "all":
         return list(range(num_visits))
@@ -28,7 +29,13 @@ def supervised_states(query: str | dict[str, Any], num_visits: int, *, seed: tup
                 f"query index {wrong[0]} is outside the walk of {num_visits} states, 0 to {num_visits - 1}."
             )
         return sorted(query["indices"])
-    raise ValueError(f'query {query!r}; allowed are "all", "one_low_noise", {{fraction = p}}, {{indices = [..]}}.')
+    if isinstance(query, dict) and set(query) == {"random"}:
+        if query["random"] > num_visits:
+            raise ValueError(f"query random = {query['random']} asks for more than the walk's {num_visits} states.")
+        return sorted(permuted(place, num_visits, "random states", *seed) for place in range(query["random"]))
+    raise ValueError(
+        f'query {query!r}; allowed are "all", "one_low_noise", {{fraction = p}}, {{indices = [..]}}, {{random = n}}.'
+    )
 
 
 def _beta(a: int, b: int, seed: tuple[int, ...]) -> float:

@@ -176,9 +176,11 @@ class ObjectiveSettings(Settings):
         if only[0] == "indices" and isinstance(only[1], list) and only[1] and all(map(_is_index, only[1])):
             if len(set(only[1])) == len(only[1]):
                 return value
+        if only[0] == "random" and _is_index(only[1]) and only[1] > 0:
+            return value
         raise ValueError(
-            f'{value!r} is not allowed. Give "all", "one_low_noise", {{fraction = F}} with 0 < F <= 1, or '
-            "{indices = [..]} with different step numbers from 0."
+            f'{value!r} is not allowed. Give "all", "one_low_noise", {{fraction = F}} with 0 < F <= 1, {{random = N}} '
+            "with N > 0, or {indices = [..]} with different step numbers from 0."
         )
 
     @model_validator(mode="after")
@@ -364,18 +366,24 @@ def read_recipe(path_or_name: str | Path, overrides: list[str] | None = None) ->
     Relative paths in the file are taken from its folder, those of overrides from the current folder.
     Raises UserError naming file, line and key for anything that is not allowed.
     """
-    data, source = read_toml(find_recipe(str(path_or_name)))
+    data, source = read_overridden(find_recipe(str(path_or_name)), overrides)
+    if "name" in data:
+        data.setdefault("output_dir", f"runs/{data['name']}")
+    else:
+        raise UserError(f'{source.path}: name is missing. Add name = "..." at the top.')
+    return from_resolved(data, source)
+
+
+def read_overridden(path: Path, overrides: list[str] | None = None) -> tuple[dict[str, Any], Source]:
+    """A recipe file's settings with overrides put in and local paths made absolute, not yet validated."""
+    data, source = read_toml(path)
     _make_paths_absolute(data, source.path.parent)
     replaced: dict[Location, str] = {}
     for option in overrides or []:
         location = apply_override(data, option)
         replaced[location] = option
     _make_paths_absolute(data, Path.cwd())
-    if "name" in data:
-        data.setdefault("output_dir", f"runs/{data['name']}")
-    else:
-        raise UserError(f'{source.path}: name is missing. Add name = "..." at the top.')
-    return from_resolved(data, Source(source.path, source.text, source.lines, replaced))
+    return data, Source(source.path, source.text, source.lines, replaced)
 
 
 def from_resolved(data: dict[str, Any], source: Source) -> Recipe:

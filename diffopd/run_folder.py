@@ -113,8 +113,13 @@ class RunFolder:
         return max(found, key=_update_of, default=None)
 
     def recipe(self) -> Recipe:
-        """The recipe as it was resolved when the run was made or taken up."""
+        """The recipe as it was resolved when the run was made or taken up. Raises UserError for a run of teach."""
         stored, text = self._stored(), (self.path / "recipe.toml").read_text(encoding="utf-8")
+        if "estimator" in stored["recipe"]:
+            raise UserError(
+                f"{self.path} is a run of `diffopd teach`, which has no student to evaluate, export or report. Its "
+                "weights are in its last checkpoint; name the teacher in a recipe and distill it."
+            )
         return from_resolved(stored["recipe"], Source(Path(stored["source"]), text, {}))
 
     def finish(self) -> None:

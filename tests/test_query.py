@@ -26,7 +26,9 @@ def test_all_a_fraction_and_given_indices(query, wanted):
     assert supervised_states(query, 10, seed=SEED) == wanted
 
 
-@pytest.mark.parametrize("query", ["some", {"fraction": 0.5, "indices": [1]}, {"index": 1}, {"indices": [10]}])
+@pytest.mark.parametrize(
+    "query", ["some", {"fraction": 0.5, "indices": [1]}, {"index": 1}, {"indices": [10]}, {"random": 11}]
+)
 def test_a_query_that_names_nothing_in_the_walk_is_refused(query):
     with pytest.raises(ValueError, match="query"):
         supervised_states(query, 10, seed=SEED)
@@ -56,3 +58,12 @@ def test_the_beta_draws_have_the_moments_of_torch_distributions():
     law = Beta(5.0, 2.0)
     assert float(drawn.mean()) == pytest.approx(float(law.mean), abs=0.012)
     assert float(drawn.var()) == pytest.approx(float(law.variance), rel=0.12)
+
+
+def test_random_states_are_different_uniform_and_a_function_of_the_seed():
+    draws = [supervised_states({"random": 3}, 10, seed=(7, update, 0)) for update in range(2000)]
+    assert all(states == sorted(set(states)) and len(states) == 3 for states in draws)
+    assert draws[0] == supervised_states({"random": 3}, 10, seed=(7, 0, 0))
+    counts = [sum(index in states for states in draws) / len(draws) for index in range(10)]
+    assert counts == pytest.approx([0.3] * 10, abs=0.04)
+    assert supervised_states({"random": 10}, 10, seed=SEED) == list(range(10))

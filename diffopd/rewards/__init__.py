@@ -1,0 +1,18 @@
+"""Shipped rewards by name. Each module stands alone: it imports nothing of diffopd, and heavy packages only when made.
+
+A reward is made once, with its options, and called as reward(images, prompts, metadata) -> (B,). `packages` of its
+class are the ones to be imported that a plain installation may lack; its docstring names the extra that has them.
+"""
+
+SHIPPED = {
+    "aesthetic": "diffopd.rewards.clip:Aesthetic",
+    "clip_score": "diffopd.rewards.clip:ClipScore",
+    "composition": "diffopd.rewards.composition:Composition",
+    "dino_similarity": "diffopd.rewards.dino:DinoSimilarity",
+    "hps_v2": "diffopd.rewards.clip:HPSv2",
+    "jpeg_compressibility": "diffopd.rewards.pixels:JpegCompressibility",
+    "jpeg_incompressibility": "diffopd.rewards.pixels:JpegIncompressibility",
+    "ocr": "diffopd.rewards.ocr:OCR",
+    "pick_score": "diffopd.rewards.clip:PickScore",
+    "sharpness": "diffopd.rewards.pixels:Sharpness",
+}

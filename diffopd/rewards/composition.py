@@ -1,0 +1,208 @@
+"""Object composition in the manner of GenEval (arXiv:2310.11513): count, colour, position, by a detector.
+
+The detector is one of transformers' object detectors, colours are told by a CLIP; neither needs mmdet. A row of
+GenEval's metadata says what must be seen: "include", a list of {"class", "count", "color"?, "position"?:
+[relation, index of another entry]}, and "exclude", a list of {"class", "count"}: so many or more are too many.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+MARGIN = 0.1  # of the sizes of both boxes: by less, nothing is beside anything
+COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
+RELATIONS = ("left of", "right of", "above", "below")
+
+
+@dataclass(frozen=True)
+class Found:
+    """One detection: class name, confidence, box (left, top, right, bottom) in pixels."""
+
+    name: str
+    confidence: float
+    box: tuple[float, float, float, float]
+
+
+class Composition:
+    """1 where a picture shows what its row asks for, else 0; credit "share" gives the share of met requirements.
+
+    detector: hub id or folder of an object detector; color_model: of a CLIP, loaded only when a row asks for a
+    colour. threshold: least confidence of a detection, count_threshold where more than one is asked for (GenEval's
+    .3 and .9 are for its Mask2Former: check yours on pictures first). aliases: GenEval's class -> the detector's.
+
+    Raises OSError for a detector that cannot be had, ValueError for a class that it does not know.
+    """
+
+    packages: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        detector: str = "PekingU/rtdetr_r50vd",
+        color_model: str = "openai/clip-vit-large-patch14",
+        threshold: float = 0.3,
+        count_threshold: float = 0.9,
+        credit: str = "all",
+        aliases: dict[str, str] | None = None,
+        device: str | None = None,
+    ) -> None:
+        import torch
+        from transformers import AutoImageProcessor, AutoModelForObjectDetection
+
+        if credit not in ("all", "share"):
+            raise ValueError(f'credit = {credit!r} is not allowed. Give "all" or "share".')
+        self._device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self._detector = _loaded(AutoModelForObjectDetection, detector, use_safetensors=True).to(self._device).eval()
+        self._processor = _loaded(AutoImageProcessor, detector)
+        self._names = {int(key): name for key, name in self._detector.config.id2label.items()}
+        self._thresholds, self._credit = (threshold, count_threshold), credit
+        self._aliases, self._color_model, self._colors = aliases or {}, color_model, None
+
+    def __call__(self, images: list[Any], prompts: list[str], metadata: list[dict[str, Any]]) -> list[float]:
+        """(B,) in [0, 1]. Raises ValueError for a row that asks for nothing, or for a class nobody knows."""
+        rows = [self._translated(row) for row in metadata]
+        scores = []
+        for image, found, row in zip(images, self.detect(images), rows, strict=True):
+            kept = [self._kept(found, entry) for entry in row["include"]]
+            colors = [self._of_color(image, held, entry) for held, entry in zip(kept, row["include"], strict=True)]
+            met = requirements(row, colors, found, self._thresholds[1])
+            scores.append(float(all(met)) if self._credit == "all" else sum(met) / len(met))
+        return scores
+
+    def detect(self, images: list[Any]) -> list[list[Found]]:
+        """The detections of B pictures above the lower threshold, surest first."""
+        import torch
+
+        pictures = [image.convert("RGB") for image in images]
+        inputs = self._processor(images=pictures, return_tensors="pt").to(self._device)
+        with torch.no_grad():
+            said = self._detector(**inputs)
+        sizes = [(image.height, image.width) for image in pictures]
+        least = min(self._thresholds)
+        found = self._processor.post_process_object_detection(said, threshold=least, target_sizes=sizes)
+        return [self._listed(one) for one in found]
+
+    def _listed(self, one: dict[str, Any]) -> list[Found]:
+        parts = zip(one["labels"].tolist(), one["scores"].tolist(), one["boxes"].tolist(), strict=True)
+        listed = [Found(self._names[label], score, tuple(box)) for label, score, box in parts]
+        return sorted(listed, key=lambda found: -found.confidence)
+
+    def _kept(self, found: list[Found], entry: dict[str, Any]) -> list[Found]:
+        least = self._thresholds[entry["count"] > 1]
+        return [one for one in found if one.name == entry["class"] and one.confidence >= least]
+
+    def _of_color(self, image: Any, found: list[Found], entry: dict[str, Any]) -> list[Found]:
+        if not entry.get("color") or not found:
+            return found
+        self._colors = self._colors or ColorJudge(self._color_model, self._device)
+        told = self._colors([crop(image, one.box) for one in found], entry["class"])
+        return [one for one, color in zip(found, told, strict=True) if color == entry["color"]]
+
+    def _translated(self, row: dict[str, Any]) -> dict[str, Any]:
+        """The row with the detector's class names, checked."""
+        checked = checked_row(row)
+        known = set(self._names.values())
+        for entry in (*checked["include"], *checked["exclude"]):
+            entry["class"] = self._aliases.get(entry["class"], entry["class"])
+            if entry["class"] not in known:
+                raise ValueError(
+                    f'the detector knows no {entry["class"]!r}. Give options.aliases = {{"{entry["class"]}" = '
+                    '"its name"}, or another detector.'
+                )
+        return checked
+
+
+class ColorJudge:
+    """The likeliest of GenEval's ten colours of each cut-out, by a CLIP."""
+
+    def __init__(self, model: str, device: str) -> None:
+        from transformers import CLIPModel, CLIPProcessor
+
+        self._model = _loaded(CLIPModel, model, use_safetensors=True).to(device).eval()
+        self._processor, self._device = _loaded(CLIPProcessor, model), device
+
+    def __call__(self, cuts: list[Any], name: str) -> list[str]:
+        """One colour for each of B cut-outs of things called `name`."""
+        import torch
+
+        texts = [f"a photo of a {color} {name}" for color in COLORS]
+        inputs = self._processor(text=texts, images=cuts, padding=True, return_tensors="pt").to(self._device)
+        with torch.no_grad():
+            best = self._model(**inputs).logits_per_image.argmax(1)
+        return [COLORS[place] for place in best.tolist()]
+
+
+def checked_row(row: dict[str, Any]) -> dict[str, Any]:
+    """A copy of a row's requirements. Raises ValueError for one that asks for nothing or for what is not there."""
+    include = [{"count": 1, **entry} for entry in row.get("include", [])]
+    exclude = [{"count": 1, **entry} for entry in row.get("exclude", [])]
+    if not include:
+        raise ValueError(f'the row {row} asks for nothing. Give it "include" as GenEval\'s metadata have it.')
+    for entry in include:
+        color, position = entry.get("color"), entry.get("position")
+        if color is not None and color not in COLORS:
+            raise ValueError(f"color {color!r} is not one of {', '.join(COLORS)}.")
+        if position is not None and (position[0] not in RELATIONS or not 0 <= position[1] < len(include)):
+            raise ValueError(f"position {position!r} is not one of {', '.join(RELATIONS)} and an entry of include.")
+    return {"include": include, "exclude": exclude}
+
+
+def requirements(
+    row: dict[str, Any], kept: list[list[Found]], found: list[Found], count_threshold: float
+) -> list[bool]:
+    """Which requirements of a row are met: each entry's count, each position, each exclusion.
+
+    kept: per entry of include its detections of the right class and colour; found: all detections.
+    """
+    met = [len(held) >= entry["count"] for held, entry in zip(kept, row["include"], strict=True)]
+    for held, entry in zip(kept, row["include"], strict=True):
+        if entry.get("position"):
+            relation, other = entry["position"]
+            met.append(_stands(held[: entry["count"]], relation, kept[other][: row["include"][other]["count"]]))
+    for entry in row["exclude"]:
+        sure = [one for one in found if one.name == entry["class"] and one.confidence >= count_threshold]
+        met.append(len(sure) < entry["count"])
+    return met
+
+
+def _stands(things: list[Found], relation: str, others: list[Found]) -> bool:
+    """Every thing stands so to every other; where one side was not found, nothing does."""
+    return bool(things and others) and all(relation in relations(a.box, b.box) for a in things for b in others)
+
+
+def relations(box: tuple[float, ...], other: tuple[float, ...]) -> set[str]:
+    """How the first box stands to the second; none where their centres hardly differ, two on a diagonal.
+
+    GenEval's rule: the offset of the centres, shortened on each axis by .1 of both boxes' sizes, over its full
+    length, must exceed 1/2 on an axis.
+    """
+    offset, shortened = [], []
+    for low, high in ((0, 2), (1, 3)):
+        apart = (box[low] + box[high]) / 2 - (other[low] + other[high]) / 2
+        sizes = abs(box[high] - box[low]) + abs(other[high] - other[low])
+        offset.append(apart)
+        shortened.append(max(abs(apart) - MARGIN * sizes, 0.0) * (1 if apart > 0 else -1))
+    length = (offset[0] ** 2 + offset[1] ** 2) ** 0.5
+    if length == 0:
+        return set()
+    across, down = shortened[0] / length, shortened[1] / length
+    told = {"left of": across < -0.5, "right of": across > 0.5, "above": down < -0.5, "below": down > 0.5}
+    return {name for name, holds in told.items() if holds}
+
+
+def crop(image: Any, box: tuple[float, ...]) -> Any:
+    """The box of a picture, at least one pixel large."""
+    left, top = max(0, int(box[0])), max(0, int(box[1]))
+    left, top = min(left, image.width - 1), min(top, image.height - 1)
+    right, bottom = min(image.width, max(left + 1, round(box[2]))), min(image.height, max(top + 1, round(box[3])))
+    return image.convert("RGB").crop((left, top, right, bottom))
+
+
+def _loaded(kind: Any, name: str, **options: Any) -> Any:
+    try:
+        return kind.from_pretrained(name, **options)
+    except OSError as error:
+        raise OSError(
+            f"{name} is no folder with a model in safetensors, and the hub did not give it "
+            f"({str(error).splitlines()[0]}). Download it first (hf download {name}), or name a folder."
+        ) from error

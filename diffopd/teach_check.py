@@ -1,0 +1,139 @@
+"""A teach.toml against the files it names, before any weight is loaded; and what `teach --dry-run` prints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from diffopd.data import PromptRow, read_prompts
+from diffopd.errors import UserError
+from diffopd.grid import draws_noise, make_scheduler
+from diffopd.plan import forwards, make_plan, readable
+from diffopd.preflight import Parts, check
+from diffopd.reward import check_reward, picture_function, reward_hashes, terms_of
+from diffopd.reward_watch import watched_tasks
+from diffopd.teach_recipe import POLICY_GRADIENT, TeachRecipe
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+
+@dataclass(frozen=True)
+class TeachParts:
+    """What a teach.toml names, found and checked. missing: packages of rewards that are still to be installed."""
+
+    recipe: TeachRecipe
+    parts: Parts
+    rows: list[PromptRow]
+    missing: list[str]
+    hashes: dict[str, str]
+
+
+def check_teach(recipe: TeachRecipe, *, hash_weights: bool = False) -> TeachParts:
+    """Check a teach.toml. hash_weights also reads the bytes of the base's weights.
+
+    Raises UserError for the first thing that is wrong, naming its place, what is allowed and what to do.
+    """
+    parts = check(recipe, hash_weights=hash_weights)
+    card = recipe.card
+    rows = read_prompts(card.prompts.train)
+    held_out = read_prompts(card.prompts.test)
+    if "num_prompts" in recipe.evaluate.model_fields_set and len(held_out) < recipe.evaluate.num_prompts:
+        raise UserError(
+            f"{recipe.place('evaluate', 'num_prompts')}: num_prompts = {recipe.evaluate.num_prompts}, but "
+            f"{card.name!r} has {len(held_out)} test prompts. Ask for at most {len(held_out)}, or give it more."
+        )
+    if recipe.estimator.name in POLICY_GRADIENT:
+        _check_noise(recipe, parts)
+    missing = [] if recipe.is_supervised else check_reward(recipe)
+    watched_tasks(recipe, None)
+    picture_function(recipe)
+    if recipe.is_supervised and not recipe.pictures:
+        _check_files(recipe, rows)
+    hashes = {**parts.hashes, **_task_hashes(recipe)} if hash_weights else {}
+    return TeachParts(recipe, parts, rows, missing, hashes)
+
+
+def _task_hashes(recipe: TeachRecipe) -> dict[str, str]:
+    card = recipe.card
+    return {f"{card.name}: {what}": digest for what, digest in card.task_hashes().items()} | reward_hashes(recipe)
+
+
+def _check_noise(recipe: TeachRecipe, parts: Parts) -> None:
+    """A policy gradient needs steps that draw noise, and a step that depends on its state alone."""
+    scheduler, name = make_scheduler(recipe, parts.base), recipe.estimator.name
+    if not draws_noise(recipe, scheduler):
+        raise UserError(
+            f"{recipe.place('student', 'solver')}: estimator {name!r} needs a walk that draws noise, but this one "
+            f"({type(scheduler).__name__}, solver {recipe.student.solver!r}, noise_level "
+            f"{recipe.student.noise_level:g}) is deterministic. Set student.solver to ddim, flow_sde or dance_sde with "
+            "student.noise_level above 0, or take estimator nft."
+        )
+    is_multistep = scheduler.config.get("solver_order", 1) > 1
+    if recipe.student.solver == "native" and is_multistep:
+        raise UserError(
+            f"{recipe.place('student', 'scheduler')}: the steps of {type(scheduler).__name__} with solver_order = "
+            f"{scheduler.config['solver_order']} depend on earlier predictions, so estimator {name!r} has no ratio "
+            "for one step alone. Set student.scheduler.solver_order = 1, or name a solver."
+        )
+
+
+def _check_files(recipe: TeachRecipe, rows: list[PromptRow]) -> None:
+    for number, row in enumerate(rows, start=1):
+        name = row.metadata.get("file_name")
+        if not isinstance(name, str) or not Path(name).is_file():
+            wrong = f"its picture {name} is not there" if isinstance(name, str) else 'it names no picture ("file_name")'
+            raise UserError(
+                f"{recipe.card.prompts.train}:{number}: a supervised teacher learns from pictures, but {wrong}. Give "
+                'every row one, beside the prompt file, or set pictures = "file.py:function" in '
+                f"{recipe.path.name}."
+            )
+
+
+def render_teach(found: TeachParts) -> RenderableType:
+    """The plan as a person reads it."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    recipe = found.recipe
+    facts = Table(box=None, show_header=False, pad_edge=False)
+    facts.add_column(style="bold", no_wrap=True)
+    facts.add_column()
+    for name, value in _facts(found):
+        facts.add_row(name, value)
+    return Group(Text(f"Plan of teaching {recipe.card.name} ({recipe.path})", "bold"), facts)
+
+
+def _facts(found: TeachParts) -> list[tuple[str, str]]:
+    recipe = found.recipe
+    plan, train, sampling = make_plan(found.parts), recipe.train, recipe.sampling
+    student, estimator = recipe.student, recipe.estimator
+    what = f"LoRA, rank {student.rank}, alpha {student.lora_alpha}" if student.train == "lora" else "all weights"
+    solver = plan.scheduler if student.solver == "native" else f"{student.solver}, noise {student.noise_level:g}"
+    ends = [f"{train.max_train_steps} updates"] if train.max_train_steps else []
+    ends += [f"{train.max_train_seconds:g} s"] if train.max_train_seconds else []
+    pictures = recipe.pictures or "the files of the prompt rows"
+    reward = " + ".join(f"{term.weight:g} x {term.reward}" for term in terms_of(recipe))
+    calls = student.num_inference_steps * forwards(found.parts.base, student.guidance_scale)
+    lines = [
+        ("trained", f"{what}: {plan.num_trained:,} of {plan.num_parameters:,} denoiser parameters"),
+        ("base", f"{student.pretrained_model_name_or_path} ({plan.pipeline_class})"),
+        ("estimator", f"{estimator.name}, {estimator.reference_weight:g} x distance from the base"),
+        ("walk", f"{student.num_inference_steps} steps of {solver}, guidance {student.guidance_scale:g}"),
+        ("pictures", pictures) if recipe.is_supervised else ("reward", reward),
+        (
+            "update",
+            f"{sampling.num_prompts} prompts x {recipe.group_size} pictures, {sampling.optimizer_steps} optimizer step"
+            + "s" * (sampling.optimizer_steps > 1)
+            + f", learning rate {train.learning_rate:g}",
+        ),
+        ("evaluations", f"{calls} a picture and side"),
+        ("prompts", f"{len(found.rows)} to train on"),
+        ("watched", ", ".join(["reward", *recipe.watch, "drift", "diversity"]) if train.validate_every else "nothing"),
+        ("ends after", " or ".join(ends)),
+        ("memory", f"{readable(sum(plan.memory.values()))} in float32, without the old policy and rewards"),
+        ("output_dir", recipe.output_dir),
+    ]
+    return lines + ([("to install", f"{', '.join(found.missing)}: a reward needs it")] if found.missing else [])

@@ -1,0 +1,83 @@
+"""What teaching says while it trains: reward, advantage signal and estimator in metrics.jsonl, reward on the bar."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from diffopd.learning import Measures
+from diffopd.log import TrainingLog
+from diffopd.processes import Processes
+from diffopd.supervise import Watch
+
+
+@dataclass
+class Round:
+    """The numbers of one update, of all processes: means over pictures, over states where an estimator gave them.
+
+    informative: the share of prompts whose pictures differ in reward; the others teach nothing.
+    """
+
+    values: dict[str, float] = field(default_factory=dict)
+    grad_norm: float = 0.0
+
+    @classmethod
+    def of_rewards(cls, rewards: Tensor, groups: Sequence[int]) -> Round:
+        """What the rewards (N,) alone say."""
+        by_group: dict[int, list[float]] = {}
+        for group, reward in zip(groups, rewards.tolist(), strict=True):
+            by_group.setdefault(group, []).append(reward)
+        differ = [max(held) > min(held) for held in by_group.values()]
+        return cls(
+            {
+                "reward": float(rewards.mean()),
+                "reward_std": float(rewards.std(correction=0)),
+                "informative": sum(differ) / len(differ),
+            }
+        )
+
+    def measured(self, measures: Measures, processes: Processes) -> Round:
+        """With what the estimator reported, summed over processes (a process without pictures reports nothing)."""
+        names = ("loss", "from_base", "ratio", "clipped")
+        flat = [float(measures.sums.get(name, 0.0)) for name in names]
+        flat += [float(measures.counts.get(name, 0)) for name in names]
+        sums = processes.sum(torch.tensor(flat, dtype=torch.float64)).tolist()
+        for place, name in enumerate(names):
+            if sums[len(names) + place]:
+                self.values[name] = sums[place] / sums[len(names) + place]
+        return self
+
+
+class TeachLog(TrainingLog):
+    """The training log of a run that makes a teacher."""
+
+    title = "teach"
+
+    def update(self, losses: Round, learning_rate: float, watch: Watch) -> None:
+        """One finished update: a row in metrics.jsonl, the bar moves."""
+        self._write(
+            kind="update",
+            update=self._progress.update,
+            seconds=round(self._progress.seconds, 3),
+            **losses.values,
+            grad_norm=losses.grad_norm,
+            learning_rate=learning_rate,
+            images=self._progress.images,
+            network_calls=dict(watch.evaluations),
+            stage_seconds={stage: round(value, 4) for stage, value in watch.seconds.items()},
+        )
+        shown = "reward" if "reward" in losses.values else "loss"
+        self._show({shown: losses.values[shown]})
+
+    def validation(self, per_teacher: dict[str, float]) -> None:
+        """What the held-out prompts say, see `reward_watch`."""
+        self._write(
+            kind="held_out",
+            update=self._progress.update,
+            seconds=round(self._progress.seconds, 3),
+            images=self._progress.images,
+            **per_teacher,
+        )

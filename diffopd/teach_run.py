@@ -1,0 +1,114 @@
+"""What one update of teaching needs: the taught model, the old policy and the base over one trunk, and what scores."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+
+from torch import Tensor, nn
+
+from diffopd import noise
+from diffopd.adapters import SELF_TEACHER, STUDENT, AdapterSwitch, Average
+from diffopd.assemble import Student, assemble, self_teacher, with_denoiser
+from diffopd.data import PromptRow, read_prompts
+from diffopd.distill import INITIAL
+from diffopd.drive import Call, Survey, denoiser_of, shell, survey
+from diffopd.learning import Sides
+from diffopd.processes import Processes, default_device, join_processes
+from diffopd.recipe import TeacherSettings
+from diffopd.reward import picture_function, reward_of
+from diffopd.reward_watch import RewardWatch, watched_tasks
+from diffopd.teach_recipe import TeachRecipe
+from diffopd.teacher import Reward
+
+Follow = tuple[Average, dict[str, nn.Parameter]]
+
+
+@dataclass
+class TeachRun:
+    """What one update needs. pictures: for supervised teachers, rows and seeds to B PIL images (None: from files)."""
+
+    recipe: TeachRecipe
+    student: Student
+    sides: Sides
+    follow: Follow | None
+    walk: Survey
+    rows: list[PromptRow]
+    reward: Reward | None
+    watch: RewardWatch
+    processes: Processes
+    device: str
+    pictures: Callable[..., list[object]] | None = None
+    teachers: list[object] = field(default_factory=list)  # of a distillation run; here there are none
+    looks: None = None  # of a tuning run
+
+    def noise(self, update: int, solver_step: int, numbers: list[int]) -> Tensor:
+        """Standard normal (B, ...), a function of (seed, update, solver_step, picture's number)."""
+        keys = {"run_seed": self.recipe.seed, "update": update, "solver_step": solver_step, "sample_indices": numbers}
+        shape = self.walk.latents_shape if solver_step == INITIAL else self.walk.shape
+        return noise.draw(shape, **keys).to(self.device)
+
+    def row(self, update: int, number: int) -> PromptRow:
+        """The prompt of a picture: every pass over the file is a fresh permutation, a group shares its prompt."""
+        place = update * self.recipe.sampling.num_prompts + number // self.recipe.group_size
+        epoch, place = divmod(place, len(self.rows))
+        return self.rows[noise.permuted(place, len(self.rows), self.recipe.seed, epoch, self.recipe.card.name)]
+
+    def batches(self, numbers: list[int]) -> Iterator[list[int]]:
+        """Consecutive micro-batches of at most train.batch_size."""
+        size = self.recipe.train.batch_size
+        return (numbers[start : start + size] for start in range(0, len(numbers), size))
+
+
+def assemble_run(recipe: TeachRecipe) -> TeachRun:
+    """Load what a run needs, rewards first: what they lack is said before a weight of the base is read.
+
+    Raises UserError for anything that is missing or does not fit.
+    """
+    processes, device = join_processes(), default_device()  # first: rewards must find this process's own GPU
+    reward = None if recipe.is_supervised else reward_of(recipe)
+    tasks, pictures = watched_tasks(recipe, reward), picture_function(recipe)
+    student, _ = assemble(recipe, device)
+    old, base, follow = _other_sides(recipe, student)
+    rows = read_prompts(recipe.card.prompts.train)
+    return TeachRun(
+        recipe=recipe,
+        student=student,
+        sides=Sides(student.call, old, base if recipe.estimator.reference_weight else None),
+        follow=follow,
+        walk=survey(student.call.prompted([rows[0].prompt])),
+        rows=rows,
+        reward=reward,
+        watch=RewardWatch(tasks, _deployed(recipe, student.call), _deployed(recipe, base), recipe),
+        processes=processes,
+        device=device,
+        pictures=pictures,
+    )
+
+
+def _deployed(recipe: TeachRecipe, call: Call) -> Call:
+    """The call at the card's steps and guidance, whatever it is sampled with while it is taught."""
+    card = recipe.card
+    return call.told(num_inference_steps=card.num_inference_steps, guidance_scale=card.guidance_scale)
+
+
+def _other_sides(recipe: TeachRecipe, student: Student) -> tuple[Call | None, Call, Follow | None]:
+    """(the old policy's call for nft, the base's call, what makes the old policy follow)."""
+    trunk, arguments, old, follow = denoiser_of(student.pipeline), student.call.arguments, None, None
+    needs_old = recipe.estimator.name == "nft"
+    frozen = None if student.is_lora else copy.deepcopy(trunk).requires_grad_(False)
+    if needs_old:
+        settings = TeacherSettings(name=recipe.card.name)
+        pipeline, follow = self_teacher(recipe, settings, student.pipeline, student.pipeline, student.parameters)
+        old = Call(pipeline, arguments)
+    if not student.is_lora:
+        return old, Call(with_denoiser(student.pipeline, frozen), arguments), follow
+    switch = AdapterSwitch(trunk)  # after every adapter exists: it lists the layers once
+    switch.select(STUDENT)
+    for parameter in student.parameters.values():  # peft freezes every adapter but the last one added
+        parameter.requires_grad_(True)
+    if old:
+        old = Call(old.pipeline, arguments, partial(switch.bound, SELF_TEACHER))
+    return old, Call(shell(student.pipeline), arguments, partial(switch.bound, None)), follow

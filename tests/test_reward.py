@@ -1,0 +1,84 @@
+"""The reward of a teach.toml: the card's, or a weighted sum of functions and shipped ones, loaded before training."""
+
+import sys
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+
+from diffopd.data import PromptRow
+from diffopd.errors import UserError
+from diffopd.reward import check_reward, reward_hashes, reward_of
+from diffopd.rewards.pixels import Sharpness
+from diffopd.sampling import score
+from diffopd.teach import assemble_run
+from diffopd.teach_recipe import read_teach_recipe
+from diffopd.teacher import file_sha256
+
+IMAGES = [Image.new("RGB", (8, 8), "gray"), Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3) % 97)]
+PROMPTS, ROWS = ["a", "b"], [{}, {}]
+
+
+@pytest.fixture
+def recipe_with(tmp_path, tiny_sd):
+    """A recipe of the tiny teacher with these rewards."""
+    folder = tiny.write_teacher(tmp_path / "dots", tiny_sd)
+
+    def read(rewards: str):
+        text = f'{rewards}\n[estimator]\nname = "nft"\n[train]\nmax_train_steps = 1\n'
+        (folder / "teach.toml").write_text(text)
+        return read_teach_recipe(str(folder))
+
+    return read
+
+
+def test_without_rewards_it_is_the_cards(recipe_with):
+    recipe = recipe_with("")
+    assert reward_of(recipe)(IMAGES[:1], PROMPTS[:1], ROWS[:1]) == pytest.approx([128 / 255])
+    assert check_reward(recipe) == [] and reward_hashes(recipe) == {}
+
+
+def test_terms_are_summed_by_weight_and_may_be_files_or_shipped(recipe_with):
+    recipe = recipe_with(
+        'rewards = [{reward = "reward.py:brightness", weight = 2.0}, {reward = "sharpness", weight = 0.5},\n'
+        '  {reward = "jpeg_compressibility", options = {quality = 50}}]'
+    )
+    bright = reward_of(recipe_with('rewards = [{reward = "reward.py:brightness"}]'))(IMAGES, PROMPTS, ROWS)
+    size = reward_of(recipe_with('rewards = [{reward = "jpeg_compressibility", options = {quality = 50}}]'))
+    wanted = 2 * bright + 0.5 * Sharpness()(IMAGES, PROMPTS, ROWS) + size(IMAGES, PROMPTS, ROWS)
+    np.testing.assert_allclose(reward_of(recipe)(IMAGES, PROMPTS, ROWS), wanted)
+    digest = file_sha256(recipe.card.folder / "reward.py")
+    assert reward_hashes(recipe) == {"dots: reward.py": digest}
+
+
+def test_a_missing_package_is_said_by_the_plan_and_stops_a_run_before_its_weights_load(recipe_with, monkeypatch):
+    monkeypatch.setitem(sys.modules, "rapidocr", None)
+    recipe = recipe_with('rewards = [{reward = "ocr"}]')
+    assert "rapidocr" in check_reward(recipe)
+    with pytest.raises(UserError, match=r"teach.toml:1: reward 'ocr' cannot be loaded: .*Install diffopd\[ocr\]"):
+        assemble_run(recipe)
+
+
+def test_missing_weights_stop_a_run_with_the_download_that_is_needed(recipe_with):
+    with pytest.raises(UserError, match="hf download nobody/nothing"):
+        reward_of(recipe_with('rewards = [{reward = "clip_score", options = {model = "nobody/nothing"}}]'))
+    with pytest.raises(UserError, match="options.head is missing"):
+        reward_of(recipe_with('rewards = [{reward = "aesthetic"}]'))
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (lambda *_: [0.5], "1 scores for 2 pictures"),
+        (lambda *_: [0.5, float("inf")], "picture of 'b' is inf"),
+        (lambda images, prompts, metadata: metadata[0]["word"], "KeyError: 'word'"),
+    ],
+)
+def test_scores_that_are_not_one_finite_number_a_picture_are_refused(given, words):
+    with pytest.raises(UserError, match=words):
+        score(given, IMAGES, [PromptRow("a"), PromptRow("b")])
+    assert torch.equal(
+        score(lambda *_: np.array([[1], [2]]), IMAGES, [PromptRow("a")] * 2), torch.tensor([1.0, 2.0]).double()
+    )

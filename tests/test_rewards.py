@@ -1,0 +1,261 @@
+"""Shipped rewards: exact rules by hand, networks as small random ones of the same classes through the same code."""
+
+import ast
+import importlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+
+from diffopd import rewards
+from diffopd.rewards.clip import Aesthetic, ClipScore, HPSv2, PickScore
+from diffopd.rewards.composition import COLORS, Composition, Found, checked_row, crop, relations, requirements
+from diffopd.rewards.dino import DinoSimilarity
+from diffopd.rewards.pixels import JpegCompressibility, JpegIncompressibility, Sharpness
+
+PROMPTS = ["a red dot", "two blue lines and a green one"]
+
+
+def noise(seed: int, size: int = 32) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size, size, 3), dtype=np.uint8))
+
+
+IMAGES = [noise(0), noise(1)]
+ROWS = [{}, {}]
+
+
+def test_every_shipped_reward_is_there_and_stands_alone():
+    for spec in rewards.SHIPPED.values():
+        module, kind = spec.split(":")
+        loaded = importlib.import_module(module)
+        assert isinstance(vars(loaded)[kind].packages, tuple) and vars(loaded)[kind].__doc__
+        tree = ast.parse(Path(loaded.__file__).read_text())
+        names = [n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
+        names += [a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names]
+        assert not any(name.startswith("diffopd") for name in names), spec
+        top = {n.module or "" for n in tree.body if isinstance(n, ast.ImportFrom)}
+        assert not top & {"torch", "transformers", "rapidocr"}, "heavy packages only when made"
+
+
+def test_compressibility_orders_flat_before_noise_and_is_the_size_of_the_file():
+    flat, rough = Image.new("RGB", (32, 32), "gray"), noise(2)
+    easy, hard = JpegCompressibility()([flat, rough], PROMPTS, ROWS)
+    assert 0 > easy > hard
+    np.testing.assert_array_equal(JpegIncompressibility()([flat, rough], PROMPTS, ROWS), [-easy, -hard])
+    assert JpegCompressibility(quality=10)([rough], PROMPTS[:1], ROWS[:1])[0] > hard
+    with pytest.raises(ValueError, match="1 to 95"):
+        JpegCompressibility(quality=100)
+
+
+def test_sharpness_is_20_for_white_noise_0_for_flat_less_when_blurred_and_blind_to_contrast():
+    gray = np.random.default_rng(3).integers(0, 101, (200, 200)).astype(np.uint8)
+    image, faint = Image.fromarray(gray), Image.fromarray(gray // 2 * 1)
+    blurred = image.resize((50, 50), Image.Resampling.BOX).resize((200, 200), Image.Resampling.BICUBIC)
+    flat = Image.new("RGB", (32, 32), "gray")
+    found = Sharpness()([image, faint, blurred, flat], [""] * 4, [{}] * 4)
+    assert found[0] == pytest.approx(20, rel=0.03) and found[1] == pytest.approx(found[0], rel=0.03)
+    assert found[2] < 0.2 * found[0] and found[3] == 0
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory) -> str:
+    """A random CLIPModel with its processor, as a folder."""
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
+
+    folder, tokenizer = tmp_path_factory.mktemp("clip"), tiny.build_tokenizer()
+    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ends = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    text = {**small, **ends, "vocab_size": len(tokenizer), "max_position_embeddings": 24}
+    torch.manual_seed(0)
+    config = CLIPConfig(text_config=text, vision_config={**small, "image_size": 32, "patch_size": 8}, projection_dim=12)
+    CLIPModel(config).save_pretrained(folder)
+    sizes = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    CLIPProcessor(CLIPImageProcessor(**sizes), tokenizer).save_pretrained(folder)
+    return str(folder)
+
+
+def test_clip_scores_are_cosines_of_each_picture_with_its_own_prompt(clip):
+    from transformers import CLIPModel, CLIPProcessor
+
+    model, processor = CLIPModel.from_pretrained(clip).eval(), CLIPProcessor.from_pretrained(clip)
+    options = {"padding": True, "truncation": True, "return_tensors": "pt"}
+    with torch.no_grad():
+        logits = model(**processor(text=PROMPTS, images=IMAGES, **options)).logits_per_image
+    cosines = logits.diagonal() / model.logit_scale.exp()
+    torch.testing.assert_close(ClipScore(clip)(IMAGES, PROMPTS, ROWS), cosines.detach())
+    torch.testing.assert_close(HPSv2(clip, clip)(IMAGES, PROMPTS, ROWS), cosines.detach())
+    torch.testing.assert_close(PickScore(clip, clip)(IMAGES, PROMPTS, ROWS), logits.diagonal().detach() / 26)
+    one = ClipScore(clip)(IMAGES[1:], PROMPTS[1:], ROWS[1:])
+    torch.testing.assert_close(one[0], cosines[1].detach(), atol=1e-5, rtol=1e-4)
+    assert ClipScore(clip)(IMAGES[:1], ["a very long prompt " * 30], [{}]).isfinite().all()
+
+
+def test_the_aesthetic_head_is_the_published_stack_of_linear_layers(clip, tmp_path):
+    from safetensors.torch import save_file
+
+    sizes = [(12, 10), (10, 8), (8, 6), (6, 4), (4, 1)]
+    generator = torch.Generator().manual_seed(4)
+    state = {}
+    for place, (inner, outer) in zip((0, 2, 4, 6, 7), sizes, strict=True):
+        state[f"layers.{place}.weight"] = torch.randn(outer, inner, generator=generator)
+        state[f"layers.{place}.bias"] = torch.randn(outer, generator=generator)
+    head = str(tmp_path / "head.safetensors")
+    save_file(state, head)
+    reward = Aesthetic(head, clip)
+    x, _ = reward._embed(IMAGES, PROMPTS)
+    for place in (0, 2, 4, 6, 7):
+        x = x @ state[f"layers.{place}.weight"].T + state[f"layers.{place}.bias"]
+    torch.testing.assert_close(reward(IMAGES, PROMPTS, ROWS), x[:, 0])
+    del state["layers.7.bias"]
+    save_file(state, head)
+    with pytest.raises(ValueError, match="has no layers.7.bias"):
+        Aesthetic(head, clip)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "words"),
+    [
+        (lambda: ClipScore("nobody/nothing"), OSError, "hf download nobody/nothing"),
+        (lambda: DinoSimilarity("nobody/nothing"), OSError, "hf download nobody/nothing"),
+        (lambda: Composition("nobody/nothing"), OSError, "hf download nobody/nothing"),
+        (HPSv2, ValueError, "options.model is missing"),
+        (Aesthetic, ValueError, "options.head is missing"),
+        (lambda: Aesthetic("head.pth"), ValueError, "not a .safetensors"),
+    ],
+)
+def test_missing_weights_say_what_to_do(make, error, words):
+    with pytest.raises(error, match=words):
+        make()
+
+
+def test_dino_similarity_is_1_for_the_reference_itself_and_less_for_others(tmp_path):
+    from transformers import BitImageProcessor, Dinov2Config, Dinov2Model
+
+    folder = tmp_path / "dino"
+    torch.manual_seed(0)
+    small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    Dinov2Model(Dinov2Config(**small)).save_pretrained(folder)
+    BitImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}).save_pretrained(folder)
+    IMAGES[0].save(tmp_path / "reference.png")
+    row = {"reference": str(tmp_path / "reference.png")}
+    same, other = DinoSimilarity(str(folder))(IMAGES, PROMPTS, [row, {"file_name": row["reference"]}])
+    assert float(same) == pytest.approx(1, abs=1e-5) and float(other) < float(same) - 1e-4
+    with pytest.raises(ValueError, match='Give it a "reference"'):
+        DinoSimilarity(str(folder))(IMAGES, PROMPTS, ROWS)
+
+
+@pytest.mark.parametrize(
+    ("box", "other", "told"),
+    [
+        ((0, 0, 10, 10), (30, 0, 40, 10), {"left of"}),
+        ((30, 0, 40, 10), (0, 0, 10, 10), {"right of"}),
+        ((0, 0, 10, 10), (0, 30, 10, 40), {"above"}),
+        ((0, 30, 10, 40), (0, 0, 10, 10), {"below"}),
+        ((0, 0, 10, 10), (30, 30, 40, 40), {"left of", "above"}),
+        ((0, 0, 10, 10), (0, 0, 10, 10), set()),
+        ((0, 0, 10, 10), (2, 0, 12, 10), set()),  # 2 apart, .1 x 20 = 2 does not count
+        ((0, 0, 10, 10), (5, 0, 15, 10), {"left of"}),  # (5 - 2) / 5 > 1/2
+        ((0, 0, 10, 10), (4, 0, 14, 10), set()),  # (4 - 2) / 4 is not
+    ],
+)
+def test_a_relation_needs_more_than_a_tenth_of_both_sizes_and_half_the_way(box, other, told):
+    assert relations(box, other) == told
+
+
+def cat(x: float, name: str = "cat", confidence: float = 0.95) -> Found:
+    return Found(name, confidence, (x, 0, x + 10, 10))
+
+
+def test_requirements_are_counts_positions_and_exclusions():
+    row = checked_row(
+        {
+            "include": [{"class": "cat", "count": 2}, {"class": "dog", "position": ["right of", 0]}],
+            "exclude": [{"class": "cat", "count": 3}],
+        }
+    )
+    cats, dog = [cat(0), cat(15)], cat(60, "dog")
+    assert requirements(row, [cats, [dog]], [*cats, dog], 0.9) == [True, True, True, True]
+    assert requirements(row, [cats[:1], [dog]], [cats[0], dog], 0.9) == [False, True, True, True]
+    assert requirements(row, [cats, [cat(-30, "dog")]], cats, 0.9) == [True, True, False, True]
+    assert requirements(row, [cats, []], cats, 0.9) == [True, False, False, True]
+    three = [*cats, cat(30)]
+    assert requirements(row, [three, [dog]], [*three, dog], 0.9) == [True, True, True, False]
+    unsure = [*cats, cat(30, confidence=0.5)]
+    assert requirements(row, [cats, [dog]], [*unsure, dog], 0.9)[-1]
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({}, "asks for nothing"),
+        ({"include": [{"class": "cat", "color": "mauve"}]}, "mauve"),
+        ({"include": [{"class": "cat", "position": ["near", 0]}]}, "near"),
+        ({"include": [{"class": "cat", "position": ["above", 1]}]}, "entry of include"),
+    ],
+)
+def test_rows_that_make_no_sense_are_refused(row, words):
+    with pytest.raises(ValueError, match=words):
+        checked_row(row)
+
+
+def test_a_cut_out_stays_inside_and_has_at_least_a_pixel():
+    image = noise(5)
+    assert crop(image, (-5, -5, 100, 100)).size == (32, 32)
+    assert crop(image, (31.9, 31.9, 31.9, 31.9)).size == (1, 1)
+    assert crop(image, (4, 8, 14, 28)).size == (10, 20)
+
+
+@pytest.fixture(scope="module")
+def detector(tmp_path_factory) -> str:
+    """A random RT-DETR of 3 classes with its processor, as a folder."""
+    from transformers import RTDetrConfig, RTDetrForObjectDetection, RTDetrImageProcessor, RTDetrResNetConfig
+
+    folder, w = tmp_path_factory.mktemp("detector"), 16
+    stages = {"hidden_sizes": [w] * 4, "depths": [1] * 4, "out_features": ["stage2", "stage3", "stage4"]}
+    backbone = RTDetrResNetConfig(embedding_size=w, layer_type="basic", **stages)
+    config = RTDetrConfig(
+        backbone_config=backbone, encoder_in_channels=[w] * 3, feat_strides=[8, 16, 32], encoder_hidden_dim=w,
+        encoder_ffn_dim=w, encoder_attention_heads=2, d_model=w, num_queries=6, decoder_in_channels=[w] * 3,
+        decoder_ffn_dim=w, decoder_layers=1, decoder_attention_heads=2, num_denoising=0,
+        id2label={0: "cat", 1: "dog", 2: "wine glass"},
+    )  # fmt: skip
+    torch.manual_seed(1)
+    RTDetrForObjectDetection(config).save_pretrained(folder)
+    RTDetrImageProcessor(size={"height": 64, "width": 64}).save_pretrained(folder)
+    return str(folder)
+
+
+def test_composition_counts_what_the_detector_says(detector, clip):
+    made = Composition(detector, clip, threshold=0.0, count_threshold=0.0)
+    found = made.detect(IMAGES)
+    assert len(found) == 2 and [len(one) for one in found] == [6, 6]
+    assert [one.confidence for one in found[0]] == sorted((one.confidence for one in found[0]), reverse=True)
+    counts = [sum(one.name == "cat" for one in held) for held in found]
+    rows = [{"include": [{"class": "cat", "count": max(1, count)}]} for count in counts]
+    assert made(IMAGES, PROMPTS, rows) == [float(count > 0) for count in counts]
+    assert made(IMAGES, PROMPTS, [{"include": [{"class": "cat", "count": count + 1}]} for count in counts]) == [0, 0]
+    sure = found[0][0]
+    strict = Composition(detector, clip, threshold=sure.confidence * 1.001, count_threshold=1.0)
+    assert strict(IMAGES[:1], PROMPTS[:1], [{"include": [{"class": sure.name}]}]) == [0]
+    half = Composition(detector, clip, threshold=0.0, count_threshold=0.0, credit="share")
+    assert half(IMAGES[:1], PROMPTS[:1], [{"include": [{"class": sure.name}, {"class": "dog", "count": 9}]}]) == [0.5]
+
+
+def test_exactly_one_colour_is_told_of_each_thing(detector, clip):
+    made = Composition(detector, clip, threshold=0.0, count_threshold=0.0)
+    sure = made.detect(IMAGES[:1])[0][0]
+    many = [{"include": [{"class": sure.name, "count": 1, "color": color}]} for color in COLORS]
+    scores = [made(IMAGES[:1], PROMPTS[:1], [row])[0] for row in many]
+    assert 1 <= sum(scores) <= 6 and set(scores) == {0, 1}
+
+
+def test_unknown_classes_and_credits_are_refused(detector, clip):
+    with pytest.raises(ValueError, match="the detector knows no 'glass'"):
+        Composition(detector, clip)(IMAGES[:1], PROMPTS[:1], [{"include": [{"class": "glass"}]}])
+    named = Composition(detector, clip, threshold=0.0, aliases={"glass": "wine glass"})
+    assert named(IMAGES[:1], PROMPTS[:1], [{"include": [{"class": "glass", "count": 99}]}]) == [0]
+    with pytest.raises(ValueError, match='"all" or "share"'):
+        Composition(detector, clip, credit="half")

@@ -1,0 +1,340 @@
+"""Making teachers on the tiny world: every estimator learns, runs resume, weights are written only when asked."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from diffopd import teach as loop
+from diffopd.cli import app
+from diffopd.errors import UserError
+from diffopd.run_folder import RunFolder
+from diffopd.teach_check import check_teach
+from diffopd.teach_recipe import read_teach_recipe
+from diffopd.teacher import teacher_card, weights_sha256
+
+ROOT = Path(__file__).parents[1]
+TEXT = """
+[student]
+rank = 4
+lora_alpha = 8
+num_inference_steps = 2
+target_modules = ["to_v", "to_out.0", "conv1", "conv2"]
+
+[estimator]
+name = "{estimator}"
+
+[train]
+learning_rate = 1e-2
+batch_size = 12
+max_train_steps = {updates}
+checkpointing_steps = 100
+
+[evaluate]
+num_prompts = 2
+batch_size = 2
+"""
+SAMPLING = "\n[sampling]\nnum_prompts = 2\ngroup_size = 6\n"
+NOISY = "student.solver=ddim", "student.noise_level=1.0", "student.num_inference_steps=3"
+PICTURES = """
+from PIL import Image
+
+
+def plain(prompts, metadata, seeds):
+    return [Image.new("RGB", (16, 16), (seed % 256, 40, 200)) for seed in seeds]
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, tiny_sd):
+    """A teacher folder without weights, to be taught."""
+    made = tiny.write_teacher(tmp_path / "dots", tiny_sd, guidance_scale=1.0)
+    (made / "pytorch_lora_weights.safetensors").unlink()
+    card = made / "teacher.toml"
+    card.write_text("".join(line for line in card.read_text().splitlines(True) if not line.startswith("sha256")))
+    return made
+
+
+def write(folder: Path, estimator: str = "nft", updates: int = 2, sampling: str = SAMPLING) -> Path:
+    path = folder / "teach.toml"
+    path.write_text(TEXT.format(estimator=estimator, updates=updates) + sampling)
+    return path
+
+
+def run(folder: Path, *overrides: str, name: str = "run") -> RunFolder:
+    recipe = read_teach_recipe(str(folder), [f'output_dir="{folder.parent / name}"', *overrides])
+    made = RunFolder.create(recipe.output_dir, recipe, check_teach(recipe, hash_weights=True).hashes)
+    assert loop.teach(recipe, made)
+    return made
+
+
+def curve(made: RunFolder, key: str) -> list[float]:
+    return [row[key] for row in made.metrics() if row["kind"] == "update"]
+
+
+def spread(made: RunFolder) -> float:
+    return made.metrics()[0]["reward_std"]
+
+
+@pytest.mark.parametrize(
+    ("estimator", "updates", "overrides"),
+    [
+        ("nft", 14, ()),
+        ("grpo", 14, (*NOISY, "estimator.clip_range=0.2")),
+        ("grpo_guard", 14, (*NOISY, "estimator.clip_range=0.2")),
+    ],
+)
+def test_the_reward_rises_by_more_than_its_spread(folder, estimator, updates, overrides):
+    write(folder, estimator, updates)
+    made = run(folder, *overrides)
+    rewards = curve(made, "reward")
+    assert sum(rewards[-3:]) / 3 - sum(rewards[:2]) / 2 > 2 * spread(made), rewards
+
+
+def test_a_supervised_teacher_lowers_its_loss(folder):
+    write(folder, "supervised", 12, "\n[sampling]\nnum_prompts = 6\n")
+    (folder / "pictures.py").write_text(PICTURES)
+    made = run(folder, "pictures=pictures.py:plain")
+    losses = curve(made, "loss")
+    assert sum(losses[-3:]) < 0.9 * sum(losses[:3]), losses
+    assert "reward" not in made.metrics()[0] and made.metrics()[-2]["images"] == 72
+
+
+def test_pictures_may_come_from_the_files_of_the_prompt_rows(folder):
+    write(folder, "supervised", 1, "\n[sampling]\nnum_prompts = 2\n")
+    with pytest.raises(UserError, match=r"train.jsonl:1: .* names no picture"):
+        run(folder)
+    prompts = folder / "prompts" / "train.jsonl"
+    Image.new("RGB", (16, 16), "red").save(folder / "prompts" / "red.png")
+    rows = [json.loads(line) | {"file_name": "red.png"} for line in prompts.read_text().splitlines()]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert curve(run(folder), "loss")[0] > 0
+    Image.new("RGB", (32, 16), "red").save(folder / "prompts" / "red.png")
+    with pytest.raises(UserError, match=r"shape \(4, 8, 16\), but this pipeline walks on \(4, 8, 8\)"):
+        run(folder, name="wide")
+
+
+@pytest.fixture
+def whole(folder, tiny_teachers):
+    """Two updates in one go, watched, the average kept."""
+    write(folder)
+    return run(folder, *watched(tiny_teachers), name="whole")
+
+
+def watched(teachers: list[Path]) -> list[str]:
+    return [f'watch=["{teachers[1]}"]', "train.validate_every=1", "train.ema_decay=0.5", "estimator.old_decay_rate=0.2"]
+
+
+def test_a_run_that_goes_on_is_the_run_in_one_go(folder, whole, tiny_teachers):
+    options = watched(tiny_teachers)
+    run(folder, *options, "train.max_train_steps=1", name="halves")
+    halves = run(folder, *options, name="halves")
+    for name in ("parameters", "average", "self_teacher", "optimizer"):
+        one, two = (load_file(made.path / f"checkpoint-2/state/{name}.safetensors") for made in (whole, halves))
+        assert one.keys() == two.keys()
+        assert all(torch.equal(one[key], two[key]) for key in one), name
+    trained, old = (
+        load_file(whole.path / f"checkpoint-2/state/{n}.safetensors") for n in ("parameters", "self_teacher")
+    )
+    assert any(not torch.equal(trained[key], old[key]) for key in trained), "the old policy lags behind"
+    assert curve(whole, "reward") == curve(halves, "reward")
+
+
+def test_other_tasks_drift_and_diversity_are_watched_beside_the_reward(whole):
+    rows = [row for row in whole.metrics() if row["kind"] == "held_out"]
+    assert [row["update"] for row in rows] == [0, 1, 2]
+    assert rows[0]["drift"] == 0 < rows[1]["drift"] < rows[2]["drift"]
+    for row in rows:
+        assert {"reward", "lines", "diversity"} <= row.keys()
+    pictures = [row["reward"] for row in rows]
+    assert len(set(pictures)) == 3, "held-out pictures change with the weights"
+
+
+def test_the_old_policy_samples_and_the_base_is_asked_only_where_distance_costs(folder):
+    write(folder, updates=1)
+    calls = run(folder).metrics()[0]["network_calls"]
+    assert calls == {"rollout": 24, "student": 24, "old": 24, "base": 24}
+    calls = run(folder, "estimator.kl_weight=0.0", name="free").metrics()[0]["network_calls"]
+    assert calls == {"rollout": 24, "student": 24, "old": 24}
+
+
+def test_optimizer_steps_share_the_pictures_and_move_the_ratio_from_1(folder):
+    write(folder, "grpo", 1)
+    once = run(folder, *NOISY, name="once").metrics()[0]
+    assert once["ratio"] == pytest.approx(1, abs=1e-5) and once["clipped"] == 0
+    assert once["network_calls"]["student"] == 12 * 2, "the last step draws no noise and is left out"
+    twice = run(folder, *NOISY, "sampling.optimizer_steps=2", name="twice").metrics()[0]
+    assert twice["clipped"] > 0 and twice["network_calls"] == once["network_calls"]
+
+
+def test_the_reward_is_computed_while_the_next_batch_is_sampled(folder, monkeypatch):
+    (folder / "reward.py").write_text(
+        "import threading\n"
+        "second_began = threading.Event()\n"
+        "waited = []\n"
+        "def brightness(images, prompts, metadata):\n"
+        "    waited.append(second_began.wait(60))\n"
+        "    return [float(i) for i in range(len(images))]\n"
+    )
+    write(folder, updates=1)
+    recipe = read_teach_recipe(str(folder), [f'output_dir="{folder.parent / "run"}"', "train.batch_size=6"])
+    made = RunFolder.create(recipe.output_dir, recipe, check_teach(recipe).hashes)
+    module = next(m for m in sys.modules.values() if str(folder) in str(getattr(m, "__file__", "")))
+    began, original = [], loop.sample
+
+    def sample(*arguments, **options):
+        began.append(None)
+        if len(began) == 2:
+            module.second_began.set()
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(loop, "sample", sample)
+    loop.teach(recipe, made)
+    assert module.waited == [True, True] and len(began) == 2
+
+
+def test_a_reward_that_is_not_a_finite_number_a_picture_stops_the_run_with_the_prompt(folder):
+    write(folder)
+    (folder / "reward.py").write_text(
+        "def brightness(images, prompts, metadata):\n    return [float('nan')] * len(images)\n"
+    )
+    with pytest.raises(UserError, match="reward of a picture of '.*' is nan"):
+        run(folder)
+    assert not list((folder.parent / "run").glob("checkpoint-*"))
+
+
+def command(*arguments: object):
+    return CliRunner().invoke(app, ["teach", *map(str, arguments)])
+
+
+def test_weights_go_into_the_teachers_folder_only_when_asked_and_never_over_others(folder):
+    write(folder, updates=1)
+    place = ("--output-dir", folder.parent / "run")
+    target = folder / "pytorch_lora_weights.safetensors"
+    plain = command(folder, *place)
+    assert plain.exit_code == 0 and "checkpoint-1" in plain.output and not target.exists()
+    assert command(folder, *place, "--write").exit_code == 0
+    card = teacher_card(str(folder), folder)
+    assert card.sha256 == weights_sha256(target) == card.digest()
+    again = command(folder, *place, "--write")
+    assert again.exit_code == 2 and "--overwrite" in again.output
+    before = target.read_bytes()
+    options = ("--output-dir", folder.parent / "other", "--write", "--overwrite", "--set", "seed=5")
+    assert command(folder, *options).exit_code == 0
+    assert target.read_bytes() != before and teacher_card(str(folder), folder).digest()
+    assert command(folder, *place, "--overwrite").exit_code == 2
+
+
+def test_a_full_teacher_is_taught_and_written_with_its_config(folder):
+    card = folder / "teacher.toml"
+    card.write_text(card.read_text().replace('"lora"', '"full"').replace("pytorch_lora_weights.safetensors", "unet"))
+    write(folder, updates=1)
+    path = folder / "teach.toml"
+    kept = [line for line in path.read_text().splitlines() if not line.startswith(("rank", "lora", "target"))]
+    path.write_text("\n".join(kept))
+    made = command(folder, "--output-dir", folder.parent / "run", "--write", "--set", "train.learning_rate=1e-4")
+    assert made.exit_code == 0, made.output
+    assert (folder / "unet" / "config.json").is_file() and teacher_card(str(folder), folder).digest()
+
+
+def test_the_plan_names_estimator_reward_and_what_is_watched_without_making_anything(folder, tiny_teachers):
+    write(folder, "grpo")
+    shown = command(
+        folder, "--dry-run", "--set", "student.solver=ddim", "--set", "student.noise_level=0.7",
+        "--set", f'watch=["{tiny_teachers[1]}"]', "--set", "train.validate_every=5",
+        "--output-dir", folder.parent / "run",
+    )  # fmt: skip
+    assert shown.exit_code == 0, shown.output
+    for words in ("grpo, 0.04 x distance", "ddim, noise 0.7", "1 x reward.py:brightness", "2 prompts x 6 pictures"):
+        assert words in shown.output
+    assert not (folder.parent / "run").exists()
+
+
+REFUSED = [
+    (["estimator.name=grpoo"], r"teach.toml:\d+|--set"),
+    (["estimator.name=grpo"], "is deterministic. Set student.solver"),
+    (["estimator.clip_range=0.1"], "estimator.clip_range has no effect on estimator 'nft'"),
+    (["train.fuse_teachers=true"], "train.fuse_teachers has no effect on teaching"),
+    (["objective.name=kl"], "objective.name has no effect on teaching"),
+    (["sampling.group_size=1"], "Set it to at least 2"),
+    (["sampling.optimizer_steps=99"], "99 parts of 12 pictures"),
+    (["student.train=full"], "teacher.toml says 'lora'"),
+    (["student.solver=ddim"], "would only sample"),
+    (["pictures=reward.py:brightness"], "pictures has no effect"),
+    (["evaluate.num_prompts=9"], "has 2 test prompts"),
+    (["watch=[\"dots\"]"], "no shipped teacher"),
+    (["rewards=[{reward=\"sharpnes\"}]"], 'no shipped reward "sharpnes"'),
+    (["rewards=[{reward=\"sharpness\", options={a=1}}]"], "takes no option 'a'"),
+    (["rewards=[{reward=\"reward.py:darkness\"}]"], "has no function 'darkness'"),
+    (["estimator.name=supervised"], "sampling.group_size has no effect"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("overrides", "words"), REFUSED, ids=[case[0][0] for case in REFUSED])
+def test_what_would_have_no_effect_or_no_meaning_is_refused_before_training(folder, overrides, words):
+    write(folder)
+    with pytest.raises(UserError, match=words):
+        check_teach(read_teach_recipe(str(folder), overrides))
+
+
+def test_a_folder_without_teach_toml_names_the_files_it_has(folder):
+    write(folder).rename(folder / "nft.toml")
+    with pytest.raises(UserError, match="has no teach.toml.*It has nft.toml"):
+        read_teach_recipe(str(folder))
+    assert read_teach_recipe(str(folder / "nft.toml")).estimator.name == "nft"
+
+
+def test_a_run_of_teach_is_told_from_one_of_distill(folder):
+    write(folder)
+    recipe = read_teach_recipe(str(folder), [f'output_dir="{folder.parent / "run"}"'])
+    made = RunFolder.create(recipe.output_dir, recipe, check_teach(recipe).hashes)
+    shown = CliRunner().invoke(app, ["evaluate", str(made.path)])
+    assert shown.exit_code == 2 and "is a run of `diffopd teach`" in " ".join(shown.output.split())
+
+
+IN_PROPORTION = ["train.adam_epsilon=1.0", "train.learning_rate=10.0"]  # updates in proportion to the gradient
+
+
+def trained(path: Path) -> dict[str, torch.Tensor]:
+    return load_file(path / "checkpoint-1/state/parameters.safetensors")
+
+
+def assert_same_update(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> None:
+    moved = max(float(value.abs().max()) for key, value in one.items() if "lora_B" in key)
+    assert moved > 1e-3
+    assert all(torch.allclose(one[key], two[key], atol=1e-4 * moved) for key in one)
+
+
+def test_an_update_does_not_depend_on_its_micro_batches(folder):
+    write(folder, updates=1)
+    whole = run(folder, *IN_PROPORTION, name="whole").path
+    uneven = run(folder, *IN_PROPORTION, "train.batch_size=5", name="uneven").path
+    assert_same_update(trained(whole), trained(uneven))
+
+
+def test_two_processes_make_the_update_of_one(folder):
+    write(folder, updates=1)
+    alone, together = run(folder, *IN_PROPORTION, name="alone").path, folder.parent / "together"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    command = [sys.executable, "-m", "diffopd.cli", "teach", str(folder), "--output-dir", str(together)]
+    command += [word for option in IN_PROPORTION for word in ("--set", option)]
+    ranks = [{**os.environ, **group, "PYTHONPATH": str(ROOT), "RANK": rank, "LOCAL_RANK": rank} for rank in "01"]
+    started = [subprocess.Popen(command, env=rank, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for rank in ranks]
+    try:
+        outputs = [process.communicate(timeout=240)[0].decode() for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == [0, 0], outputs
+    assert_same_update(trained(alone), trained(together))
