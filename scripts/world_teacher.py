@@ -53,6 +53,7 @@ def teacher(
     save_every: Annotated[int, typer.Option(help="updates between saves of the average so far")] = 500,
     pipeline: Annotated[Path, typer.Option(help="the base")] = ROOT / "pipelines" / "emoji",
     destination: Annotated[Path | None, typer.Option(help="default: teachers/<task>")] = None,
+    begin_from: Annotated[Path | None, typer.Option(help="go on from the adapter in this folder")] = None,
 ) -> None:
     """Specialises the base to one task on clean captions of it and writes the teacher's weights."""
     from diffusers import StableDiffusionPipeline
@@ -65,7 +66,11 @@ def teacher(
     pipe.text_encoder.requires_grad_(False)
     pipe.unet.train().requires_grad_(form == "full")
     folder = destination or ROOT / "teachers" / task
-    if form == "lora":
+    if form == "lora" and begin_from:
+        pipe.load_lora_weights(begin_from, weight_name="pytorch_lora_weights.safetensors", adapter_name="default")
+        for name, parameter in pipe.unet.named_parameters():
+            parameter.requires_grad_(".lora_" in name)
+    elif form == "lora":
         add_lora(pipe.unet, rank)
     model = Base(pipe.text_encoder, pipe.unet)
     pool, scheduler = Pool(output, pipe.tokenizer), build_scheduler()
@@ -75,7 +80,7 @@ def teacher(
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.0, fused=True)
     start, update, total = time.time(), 0, 0.0
     while (progress := (time.time() - start) / seconds) < 1:
-        rng = np.random.default_rng([13, world.TASKS.index(task), update])
+        rng = np.random.default_rng([14 if begin_from else 13, world.TASKS.index(task), update])
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         set_rate(optimizer, learning_rate * min(1, (update + 1) / 50) * cosine(progress))
         latents, tokens = pool.draw(batch, rng, {task: 1.0}, wrong=0.0)
