@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from diffopd.data import PromptRow, read_prompts
 from diffopd.errors import UserError
 from diffopd.grid import draws_noise, make_scheduler
-from diffopd.plan import forwards, make_plan, readable
+from diffopd.plan import make_plan, readable
 from diffopd.preflight import Parts, check
 from diffopd.reward import check_reward, picture_function, reward_hashes, terms_of
 from diffopd.reward_watch import watched_tasks
@@ -116,7 +116,7 @@ def _facts(found: TeachParts) -> list[tuple[str, str]]:
     ends += [f"{train.max_train_seconds:g} s"] if train.max_train_seconds else []
     pictures = recipe.pictures or "the files of the prompt rows"
     reward = " + ".join(f"{term.weight:g} x {term.reward}" for term in terms_of(recipe))
-    calls = student.num_inference_steps * forwards(found.parts.base, student.guidance_scale)
+    calls = student.num_inference_steps * plan.student_rows
     lines = [
         ("trained", f"{what}: {plan.num_trained:,} of {plan.num_parameters:,} denoiser parameters"),
         ("base", f"{student.pretrained_model_name_or_path} ({plan.pipeline_class})"),
@@ -129,7 +129,7 @@ def _facts(found: TeachParts) -> list[tuple[str, str]]:
             + "s" * (sampling.optimizer_steps > 1)
             + f", learning rate {train.learning_rate:g}",
         ),
-        ("evaluations", f"{calls} a picture and side"),
+        ("evaluations", f"{calls:g} a picture and side"),
         ("prompts", f"{len(found.rows)} to train on"),
         ("watched", ", ".join(["reward", *recipe.watch, "drift", "diversity"]) if train.validate_every else "nothing"),
         ("ends after", " or ".join(ends)),
