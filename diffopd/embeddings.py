@@ -3,7 +3,7 @@
 `encode_prompt` differs from class to class, so it is wrapped on the pipeline object and known by its bound arguments
 alone. Each prompt is encoded by itself and stored as its own file; the negative prompt is encoded once, whatever
 prompts it stands beside. A key is a hash of text encoders (weights, dtype, device), tokenizers, pipeline class,
-library versions, text and all other arguments, so a stored tensor is always what the encoder would say.
+options, library versions, text and all other arguments, so a stored tensor is always what the encoder would say.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import inspect
 import json
 import os
 import tempfile
+import uuid
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
@@ -115,7 +116,8 @@ class PromptEmbeddings:
     def _key(self, original: Callable[..., Any], row: dict[str, Any]) -> str:
         told = {name: value for name, value in row.items() if name not in IRRELEVANT}
         owner = original.__self__
-        said = [type(owner).__name__, str(owner._execution_device).split(":")[0], self._encoders, told]
+        options = {k: v for k, v in owner.config.items() if isinstance(v, (bool, int, float)) or v is None}
+        said = [type(owner).__name__, options, str(owner._execution_device).split(":")[0], self._encoders, told]
         return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
@@ -292,7 +294,7 @@ def _write(file: Path, answer: Any) -> None:
     """A file of its own name first, then a rename: processes that start together never see half of one."""
     tensors: dict[str, Tensor] = {}
     form = json.dumps(_flattened(answer, "0", tensors))
-    temporary = file.with_name(f".{file.stem}.{os.getpid()}.partial")
+    temporary = file.with_name(f".{file.stem}.{uuid.uuid4().hex}.partial")
     save_file(tensors, temporary, metadata={"form": form})
     os.replace(temporary, file)
 

@@ -222,6 +222,7 @@ def render(plan: Plan) -> RenderableType:
     title = f"Plan of {plan.recipe.name} ({plan.recipe.path})"
     heading = f"Memory while training, frozen weights in {plan.recipe.train.frozen_dtype}"
     heading += "" if "graph of one state" in plan.memory else ", without activations"
+    heading += "" if plan.recipe.student.quantization == "none" else "; quantization would make less of the base"
     return Group(Text(title, "bold"), facts, Text(""), teachers, Text(""), Text(heading, "bold"), memory)
 
 

@@ -319,7 +319,7 @@ ROWS = [
     Row("StableDiffusion (v)", lambda: stable_diffusion("v_prediction"), BY_CAT),
     Row("StableDiffusion (zero-SNR v)", lambda: stable_diffusion("v_prediction", **ZERO_SNR), BY_CAT),
     Row("StableDiffusionXL", stable_diffusion_xl, BY_CAT),
-    Row("LatentConsistencyModel", latent_consistency, {"embedded": {"guidance_scale": 1.0}}),
+    Row("LatentConsistencyModel", latent_consistency, {"embedded": {"guidance_scale": 8.5}}),
     Row("StableDiffusion3", stable_diffusion_3, BY_CAT, LONG),
     Row(
         "Flux",

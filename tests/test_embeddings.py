@@ -8,6 +8,7 @@ import weakref
 from pathlib import Path
 
 import diffusers
+import families
 import pytest
 import tiny
 import torch
@@ -274,3 +275,16 @@ def test_released_encoders_and_vae_are_gone_and_the_run_still_ends(tiny_recipe, 
     one, two = weights_of(folder, 2), weights_of(plain, 2)
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-5)
+
+
+def test_a_pipelines_options_are_part_of_the_key(tmp_path):
+    """One option of SDXL says whether an absent negative prompt is encoded or zero."""
+    for zeros in (True, False):
+        pipeline = families.build("StableDiffusionXL")
+        pipeline.register_to_config(force_zeros_for_empty_prompt=zeros)
+        told = {"prompt": ["a dot"], "device": "cpu", "do_classifier_free_guidance": True}
+        plain = pipeline.encode_prompt(**told)
+        PromptEmbeddings(pipeline, tmp_path).attach(pipeline)
+        stored = pipeline.encode_prompt(**told)
+        assert all(torch.equal(a, b) for a, b in zip(stored, plain, strict=True))
+        assert bool(plain[1].any()) is not zeros

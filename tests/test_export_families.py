@@ -3,6 +3,7 @@
 from pathlib import Path
 from types import SimpleNamespace
 
+import families
 import numpy as np
 import pytest
 import torch
@@ -15,7 +16,6 @@ from diffopd.forms import ALLOWED, adapter_layers, write_kohya
 from diffopd.load import LORA_FILE, fuse_adapter, load_lora
 from diffopd.stranger import Form, ask, draw
 
-families = pytest.importorskip("families")
 NO_KOHYA = {"Flux2", "Flux2Klein", "ZImage", "Sana", "SanaSprint", "Lumina2", "Wan"}
 
 
