@@ -54,7 +54,7 @@ def read_prompts(path: Path | str, split: str = "train") -> list[PromptRow]:
     not a JSON object, a missing or empty "prompt".
     """
     path = prompt_file(path, split)
-    if path.suffix not in (".txt", ".jsonl"):
+    if path.suffix not in (".txt", ".jsonl") and path.exists():
         raise UserError(f"{path}: prompt files end in .txt (one prompt a line) or .jsonl; rename or convert it.")
     try:
         lines = path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")  # prompts may hold U+2028 or U+0085

@@ -15,10 +15,16 @@ def check_push(repo: str) -> None:
     """Raise UserError, before anything is made, where a push to `repo` cannot succeed: no id, no token, offline."""
     from huggingface_hub import get_token
     from huggingface_hub.constants import is_offline_mode
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
 
     hub = parse_hub_id(repo)
     if hub is None or hub.subfolder or hub.revision:
         raise UserError(f"--push-to-hub {repo}: is not a repository id. Give owner/name.")
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise UserError(f"--push-to-hub {repo}: is not a repository id ({error}). Give owner/name.") from error
     if is_offline_mode():
         raise UserError("--push-to-hub: HF_HUB_OFFLINE is set. Unset it; nothing was uploaded.")
     if not get_token():

@@ -35,13 +35,14 @@ def load_pipeline(
     Raises UserError where it cannot be found or has pickled weights only.
     """
     from diffusers import DiffusionPipeline
+    from safetensors import SafetensorError
 
     folder = find_pipeline(name)
     with _quiet():
         try:
             options = {"quantization_config": quantization} if quantization else {}
             pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True, **options)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise UserError(f"{folder}: cannot be loaded as a diffusers pipeline: {error}") from error
         except (ImportError, RuntimeError, ValueError) as error:
             if quantization is None:
@@ -92,13 +93,15 @@ def load_denoiser(base: Any, path: Path) -> nn.Module:
 
     The base must carry no adapter yet. Raises UserError where the weights do not fit.
     """
+    from safetensors import SafetensorError
+
     kind = type(denoiser_of(base))
     try:
         if not (path / "config.json").is_file():
             return _with_weights(copy.deepcopy(denoiser_of(base)), path)
         with _quiet():
             return kind.from_pretrained(path, dtype=denoiser_of(base).dtype, use_safetensors=True)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be loaded as {kind.__name__}: {_first_lines(error)}") from error
 
 

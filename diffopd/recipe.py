@@ -107,7 +107,7 @@ class StudentSettings(Called):
     @field_validator("quantization", mode="before")
     @classmethod
     def _known_quantization(cls, value: Any) -> Any:
-        if value in QUANTIZATIONS or (isinstance(value, dict) and "quant_backend" in value):
+        if value in QUANTIZATIONS or (isinstance(value, dict) and isinstance(value.get("quant_backend"), str)):
             unknown = [key for key in value if key not in QUANTIZATION_KEYS] if isinstance(value, dict) else []
             if not unknown:
                 return value

@@ -36,6 +36,7 @@ FREE_TO_CHANGE = {
     "train.attention_backend",
 }
 PREPARED = {"task"}  # what may lie in the folder before its run: a task made from pictures
+BEGUN = ("recipe.toml", "recipe.json")
 SCHEDULE = {"train.max_train_steps", "train.max_train_seconds"}  # a cosine falls towards them: fixed under it
 
 
@@ -55,7 +56,8 @@ class RunFolder:
         """
         folder = cls(Path(path))
         if (folder.path / "recipe.json").is_file():
-            folder._refuse_another_run(recipe, hashes, processes)
+            if not _is_free(folder.path, *BEGUN):  # else it was stopped before it had trained anything
+                folder._refuse_another_run(recipe, hashes, processes)
         elif folder.path.exists() and not _is_free(folder.path):
             raise UserError(
                 f"output_dir {folder.path} is not empty and holds no run. Nothing was written; "
@@ -187,8 +189,8 @@ class RunFolder:
             self.write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
 
 
-def _is_free(path: Path) -> bool:
-    return path.is_dir() and {file.name for file in path.iterdir()} <= PREPARED
+def _is_free(path: Path, *besides: str) -> bool:
+    return path.is_dir() and {file.name for file in path.iterdir()} <= {*PREPARED, *besides}
 
 
 def _update_of(checkpoint: Path) -> int:

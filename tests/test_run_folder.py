@@ -17,6 +17,13 @@ def recipe_file(tmp_path):
     return path
 
 
+def begun(*arguments, **options):
+    """The folder of a run that has trained something."""
+    folder = RunFolder.create(*arguments, **options)
+    folder.append_metrics({"kind": "update", "update": 1})
+    return folder
+
+
 def contents(folder):
     return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
@@ -42,7 +49,7 @@ def test_the_same_recipe_takes_the_run_up_again(recipe_file, tmp_path):
     [("train.learning_rate=0.5", "train.learning_rate was 0.0003, is 0.5"), ("seed=7", "seed was 0, is 7")],
 )
 def test_another_recipe_is_refused_and_nothing_is_written(recipe_file, tmp_path, option, named):
-    folder = RunFolder.create(tmp_path / "run", read_recipe(recipe_file), HASHES)
+    folder = begun(tmp_path / "run", read_recipe(recipe_file), HASHES)
     before = contents(folder.path)
     with pytest.raises(UserError, match="holds another run") as caught:
         RunFolder.create(tmp_path / "run", read_recipe(recipe_file, [option]), HASHES)
@@ -53,7 +60,7 @@ def test_another_recipe_is_refused_and_nothing_is_written(recipe_file, tmp_path,
 def test_an_end_may_move_unless_a_cosine_falls_towards_it(recipe_file, tmp_path, key):
     for schedule in ("constant", "cosine"):
         first = [f"train.lr_scheduler={schedule}", "train.max_train_seconds=5"]
-        folder = RunFolder.create(tmp_path / schedule, read_recipe(recipe_file, first), HASHES)
+        folder = begun(tmp_path / schedule, read_recipe(recipe_file, first), HASHES)
         before, later = contents(folder.path), read_recipe(recipe_file, [*first, f"train.{key}=9"])
         if schedule == "constant":
             RunFolder.create(folder.path, later, HASHES)
@@ -65,12 +72,21 @@ def test_an_end_may_move_unless_a_cosine_falls_towards_it(recipe_file, tmp_path,
 
 def test_another_number_of_processes_is_refused_and_nothing_is_written(recipe_file, tmp_path):
     recipe = read_recipe(recipe_file)
-    folder = RunFolder.create(tmp_path / "run", recipe, HASHES, processes=2)
+    folder = begun(tmp_path / "run", recipe, HASHES, processes=2)
     before = contents(folder.path)
     with pytest.raises(UserError, match="holds a run of 2 processes, and 1 would.*resume it with --processes 2"):
         RunFolder.create(folder.path, recipe, HASHES)
     assert contents(folder.path) == before
     RunFolder.create(folder.path, recipe, HASHES, processes=2)
+
+
+def test_a_folder_in_which_nothing_was_trained_is_taken_by_what_is_asked_next(recipe_file, tmp_path):
+    """A LoRA that does not fit is refused when weights are loaded; mended, it may have the same folder."""
+    recipe = read_recipe(recipe_file)
+    RunFolder.create(tmp_path / "run", recipe, HASHES)
+    mended = {"text/lora.safetensors": "b" * 64}
+    folder = RunFolder.create(tmp_path / "run", recipe, mended)
+    assert json.loads((folder.path / "recipe.json").read_text())["hashes"] == mended
 
 
 def test_checking_a_folder_writes_nothing(recipe_file, tmp_path):
@@ -80,7 +96,7 @@ def test_checking_a_folder_writes_nothing(recipe_file, tmp_path):
 
 def test_a_changed_teacher_is_refused_on_resume(recipe_file, tmp_path):
     recipe = read_recipe(recipe_file)
-    folder = RunFolder.create(tmp_path / "run", recipe, HASHES)
+    folder = begun(tmp_path / "run", recipe, HASHES)
     before = contents(folder.path)
     with pytest.raises(UserError, match="text/lora.safetensors is not what this run began with"):
         RunFolder.create(tmp_path / "run", recipe, {"text/lora.safetensors": "b" * 64})
