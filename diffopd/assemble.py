@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from diffopd.adapters import (
     SELF_TEACHER,
@@ -27,8 +27,10 @@ from diffopd.context import Context, TextOnly, in_context
 from diffopd.data import PromptRow, read_prompts
 from diffopd.drive import Call, denoiser_name, denoiser_of, shell
 from diffopd.embeddings import PromptEmbeddings, cache_folder
+from diffopd.errors import UserError
 from diffopd.load import load_full_denoiser, load_fused_denoiser, load_lora, load_pipeline
 from diffopd.locate import find_pipeline
+from diffopd.lowrank import average_delta, begin_at
 from diffopd.memory import Offload, Released
 from diffopd.precision import answer_in_float32, component_dtypes
 from diffopd.processes import Processes
@@ -44,6 +46,7 @@ class Student:
     """The trained side: its call (without prompts), its trainable parameters and its pipeline.
 
     released: the text encoders and the VAE of all sides, where they were let go for the time of training.
+    left_out: of a student that begins as its teachers' average, the relative error of its rank; else None.
     """
 
     call: Call
@@ -51,6 +54,7 @@ class Student:
     parameters: dict[str, nn.Parameter]
     is_lora: bool
     released: Released | None = None
+    left_out: float | None = None
 
     def decoding(self) -> AbstractContextManager:
         """While open, latents can be decoded."""
@@ -98,11 +102,13 @@ def assemble(recipe: Recipe, device: str, processes: Processes = ALONE) -> tuple
     if not is_lora:  # the student's trunk will move; adapters of teachers need one that stays
         student_pipeline = with_denoiser(base, copy.deepcopy(trunk).float())
     cards = [teacher_card(settings.name, recipe.path) for settings in recipe.teachers]
+    delta = average_delta(base, cards) if recipe.student.begin_from == "teacher_average" else {}
     own = own_denoisers(base, cards, recipe)
     for card in cards:
         if card.form == "lora" and card.name not in own:
             load_lora(base, card, adapter_name=card.name)
     parameters = _trainable(recipe, student_pipeline)
+    left_out = _begin_at(delta, recipe, student_pipeline, parameters, processes) if delta else None
     if recipe.train.gradient_checkpointing:
         denoiser_of(student_pipeline).enable_gradient_checkpointing()
     teachers = [
@@ -126,7 +132,7 @@ def assemble(recipe: Recipe, device: str, processes: Processes = ALONE) -> tuple
         if recipe.train.frozen_dtype != "float32" or recipe.student.quantization != "none":
             answer_in_float32(denoiser, denoiser.dtype)
     call = Call(student_pipeline, student_arguments(recipe))
-    student = Student(call, student_pipeline, parameters, is_lora)
+    student = Student(call, student_pipeline, parameters, is_lora, left_out=left_out)
     if recipe.train.text_encoders != "resident":
         _cache_prompts(recipe, base, student, teachers, processes)
     return student, teachers
@@ -233,6 +239,28 @@ def _trainable(recipe: Recipe, pipeline: Any) -> dict[str, nn.Parameter]:
         return parameters
     shape = {"rank": settings.rank, "lora_alpha": settings.lora_alpha, "target_modules": settings.target_modules}
     return add_adapter(denoiser, STUDENT, seed=recipe.seed, **shape)
+
+
+def _begin_at(
+    delta: dict[str, Tensor],
+    recipe: Recipe,
+    pipeline: Any,
+    parameters: dict[str, nn.Parameter],
+    processes: Processes,
+) -> float:
+    """The student starts as its base plus `delta`, in every process alike; returns what its rank leaves out."""
+    left_out = 0.0
+    if recipe.student.train == "lora":
+        try:
+            left_out = begin_at(denoiser_of(pipeline), STUDENT, delta)
+        except UserError as misfit:
+            raise UserError(f"{recipe.place('student', 'begin_from')}: {misfit}") from misfit
+    else:
+        for layer, change in delta.items():
+            weight = parameters[f"{layer}.weight"]
+            weight.data += change.to(weight)
+    processes.copy_from_main(parameters.values())
+    return left_out
 
 
 def _teacher(

@@ -103,6 +103,8 @@ def distill(recipe: Recipe, folder: RunFolder, begin: Callable[[Run, bool], None
         if begin:
             begin(run, latest is None)
         log = stack.enter_context(TrainingLog(folder, recipe, trained.progress, is_main=processes.is_main))
+        if latest is None and student.left_out is not None:
+            log.begins(student.left_out)
         reason = _updates(run, trained, folder, log)
         log.stop(reason)
         if processes.is_main and reason != INTERRUPTED:

@@ -50,6 +50,13 @@ class TrainingLog:
         for tracker in self._trackers:
             tracker.finish()
 
+    def begins(self, left_out: float) -> None:
+        """The student starts as the average of its teachers, but for what its rank leaves out (relative error)."""
+        self._write(kind="begin", begin_from="teacher_average", left_out=left_out)
+        if self._is_main:
+            text = f"The student begins as its teachers' average; its rank leaves {left_out:.2g} of that out."
+            self._bar.console.print(text)
+
     def update(self, losses: UpdateLosses, learning_rate: float, watch: Watch) -> None:
         """One finished update: a row in metrics.jsonl, the bar moves."""
         per_teacher, per_step = losses.per_teacher(), losses.per_step()

@@ -1,4 +1,6 @@
-"""A full checkpoint as a low-rank delta of its base: truncated SVD per layer, with the error that the cut leaves.
+"""Deltas of a base cut to a rank: truncated SVD per layer, with the error that the cut leaves.
+
+A full checkpoint becomes a LoRA of its base; the average of several LoRAs becomes what a student begins from.
 
 A LoRA holds the weights of linear and convolution layers. Whatever else differs (norms, biases, embeddings) stays as
 the base has it and is counted as error.
@@ -7,16 +9,21 @@ the base has it and is counted as error.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from diffopd.drive import denoiser_name
+from diffopd.drive import denoiser_name, denoiser_of
 from diffopd.errors import UserError
+from diffopd.load import load_lora
+from diffopd.teacher import TeacherCard
+
+AVERAGED = "averaged"  # name of the adapter that is being read
 
 
 @dataclass(frozen=True)
@@ -74,6 +81,52 @@ def low_rank(base: nn.Module, teacher: nn.Module, rank: int) -> LowRank:
         else:
             found.kept_out[name] = float(delta.double().norm())
     return found
+
+
+def average_delta(base: Any, cards: Sequence[TeacherCard]) -> dict[str, Tensor]:
+    """layer -> the mean over LoRA teachers of what each adds to its weight, in float32 on the CPU.
+
+    This is the weight average of the teachers (a "soup") as a delta of their common base, which has no adapter before
+    and after. Raises UserError for a teacher that is no LoRA.
+    """
+    mean: dict[str, Tensor] = {}
+    for card in cards:
+        if card.form != "lora":
+            raise UserError(
+                f'teacher {card.name!r} is of form "{card.form}", and only LoRA teachers are averaged. Convert it with '
+                'scripts/lowrank_teacher.py, or set student.begin_from = "base".'
+            )
+        load_lora(base, card, adapter_name=AVERAGED)
+        for name, layer in denoiser_of(base).named_modules():
+            if isinstance(layer, BaseTunerLayer) and AVERAGED in layer.lora_A:
+                delta = layer.get_delta_weight(AVERAGED).float().cpu() / len(cards)
+                mean[name] = mean[name] + delta if name in mean else delta
+        base.unload_lora_weights()
+    return mean
+
+
+def begin_at(denoiser: nn.Module, adapter_name: str, delta: dict[str, Tensor]) -> float:
+    """Set a fresh adapter to the best approximation of `delta` that its rank holds; returns the relative error.
+
+    Directions of the rank that the delta does not need stay as they were (B = 0), so they can still be learnt.
+    Raises UserError for a delta on layers that the adapter does not have.
+    """
+    layers = {n: m for n, m in denoiser.named_modules() if isinstance(m, BaseTunerLayer) and adapter_name in m.lora_A}
+    absent = sorted(set(delta) - set(layers))
+    if absent:
+        raise UserError(
+            f"the teachers change {absent[0]} (and {len(absent) - 1} other layers) on which the student has no LoRA, "
+            "so their average would be cut. Add these layers to student.target_modules."
+        )
+    cut = []
+    for name, change in delta.items():
+        a, b = layers[name].lora_A[adapter_name].weight, layers[name].lora_B[adapter_name].weight
+        down, up, kept = _cut(change, a.shape[0])
+        cut.append(kept)
+        scale = layers[name].scaling[adapter_name] ** 0.5
+        a.data[: kept.rank] = down.to(a) / scale
+        b.data[:, : kept.rank] = up.to(b) / scale
+    return _relative([kept.left for kept in cut], LowRank(dict(zip(delta, cut, strict=True))))
 
 
 def _adaptable(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:

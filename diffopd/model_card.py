@@ -200,8 +200,9 @@ def _training(exported: Exported) -> list[str]:
     lora = f"LoRA, rank {student.rank}, alpha {student.lora_alpha}" + (
         f", starting as `{Path(student.init_weights).name}`" if student.init_weights else ""
     )
+    begun = ", beginning as the average of its teachers" if student.begin_from == "teacher_average" else ""
     rows = {
-        "trained": lora if student.train == "lora" else "all weights of the denoiser",
+        "trained": (lora if student.train == "lora" else "all weights of the denoiser") + begun,
         "objective": f"{objective.name}, query {objective.query}, {objective.states} states",
         "teacher substeps": f"{objective.substeps} ({objective.substep_solver}) between two states of the student",
         "tasks per update": train.tasks_per_update,

@@ -232,6 +232,8 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
     what = f"LoRA, rank {student.rank}, alpha {student.lora_alpha}" if student.train == "lora" else "all weights"
     if student.init_weights:
         what = f"LoRA that starts as {student.init_weights}"
+    if student.begin_from == "teacher_average":
+        what += ", beginning as the average of its teachers"
     guidance = f"guidance {student.guidance_scale:g}"
     guidance += f" ({plan.student_rows:g} {'row' if plan.student_rows == 1 else 'rows'} of the network a picture)"
     substeps = f", teacher in {objective.substeps} substeps" if objective.substeps > 1 else ""

@@ -93,7 +93,7 @@ def check(recipe: Recipe, *, hash_weights: bool = False) -> Parts:
     grid = check_walk(recipe, base)
     for index, card in enumerate(cards):
         _check_teacher(recipe, index, card, base, shipped=not hash_weights)
-    _check_warm_start(recipe, base)
+    _check_warm_start(recipe, base, cards)
     if recipe.student.train == "lora" and not recipe.student.init_weights:
         lora_size(recipe, copy.deepcopy(base.meta_denoiser))
     _check_evaluation(recipe, test)
@@ -281,7 +281,13 @@ def lora_size(recipe: Recipe, meta_denoiser: nn.Module) -> int:
         ) from error
 
 
-def _check_warm_start(recipe: Recipe, base: Blueprint) -> None:
+def _check_warm_start(recipe: Recipe, base: Blueprint, cards: tuple[TeacherCard, ...]) -> None:
+    other = next((card for card in cards if card.form != "lora"), None)
+    if recipe.student.begin_from == "teacher_average" and other:
+        raise UserError(
+            f'{recipe.place("student", "begin_from")}: begin_from = "teacher_average" averages LoRA teachers, but '
+            f'{other.name!r} is of form "{other.form}". Convert it with scripts/lowrank_teacher.py, or take "base".'
+        )
     spec, place = recipe.student.init_weights, recipe.place("student", "init_weights")
     if spec is None or hub_weights(spec, Path.cwd()):
         return

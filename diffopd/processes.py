@@ -60,6 +60,12 @@ class Processes:
         dist.broadcast(held, src=0)
         return float(held)
 
+    def copy_from_main(self, parameters: Iterable[nn.Parameter]) -> None:
+        """The main process's values in every process: what was computed at the start may differ by rounding."""
+        if self.world > 1:
+            for parameter in parameters:
+                dist.broadcast(parameter.data, src=0)
+
     def wait(self) -> None:
         """Until every process is here."""
         self.agree(False)

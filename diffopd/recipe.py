@@ -97,6 +97,7 @@ class StudentSettings(Called):
     lora_alpha: Count = 64
     target_modules: list[str] | str = list(ATTENTION)
     init_weights: str | None = None
+    begin_from: Literal["base", "teacher_average"] = "base"
     num_inference_steps: Annotated[int, Field(gt=0, le=1000)] = 4
     guidance_scale: PositiveOrZero = 1.0
     negative_prompt: str = ""
@@ -135,6 +136,8 @@ class StudentSettings(Called):
     def _consistent(self) -> StudentSettings:
         if self.init_weights and self.train == "full":
             raise ValueError('init_weights is a LoRA to start from and needs train = "lora". Remove one of the two.')
+        if self.init_weights and self.begin_from != "base":
+            raise ValueError("init_weights and begin_from both say where the student starts. Remove one of the two.")
         if self.noise_level and self.solver == "native":
             raise ValueError(
                 f'noise_level = {self.noise_level:g} has no effect on solver = "native", whose noise is the '

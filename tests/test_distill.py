@@ -133,6 +133,7 @@ def test_two_processes_are_one_in_gradients_schedules_and_ends(tiny_recipe, tmp_
             "clock": {"reason": "reached max_train_seconds = 3.5", "updates": 4, "apart": 0.0},
             "held-out loss": {"reason": "the held-out loss has not fallen for 2 checks", "updates": 2, "apart": 0.0},
             "Ctrl-C": {"reason": loop.INTERRUPTED, "updates": 2, "apart": 0.0},
+            "copied from main": [1.0, 1.0, 1.0],
         }
     )
 
@@ -466,6 +467,71 @@ def test_a_fused_student_is_trained_as_its_adapter_is(tiny_recipe, tmp_path):
     for branch, fused in zip(*ends, strict=True):
         assert fused["loss"] == pytest.approx(branch["loss"], rel=1e-4)
         assert fused["grad_norm"] == pytest.approx(branch["grad_norm"], rel=1e-3)
+
+
+BEGIN = 'student.begin_from="teacher_average"'
+
+
+def predictions(unet):
+    told = torch.Generator().manual_seed(7)
+    latents, states = torch.randn(2, 4, 8, 8, generator=told), torch.randn(2, 5, 16, generator=told)
+    with torch.no_grad():
+        return unet(latents, torch.tensor([500, 20]), states).sample
+
+
+def averaged_unet(tiny_sd, folders):
+    """Base plus the mean of what diffusers' own loader and fusing make of each teacher."""
+    base, total = tiny.load_pipeline(tiny_sd).unet, {}
+    for folder in folders:
+        pipeline = tiny.load_pipeline(tiny_sd)
+        pipeline.load_lora_weights(str(folder))
+        pipeline.fuse_lora()
+        pipeline.unload_lora_weights()
+        for name, value in pipeline.unet.state_dict().items():
+            total[name] = total.get(name, 0) + value / len(folders)
+    base.load_state_dict(total)
+    return base
+
+
+@pytest.mark.parametrize("options", [["student.rank=4"], ['student.train="full"']])
+@pytest.mark.parametrize("fuse", ["true", "false"])
+def test_a_student_can_begin_as_its_teachers_average(tiny_recipe, tiny_sd, tiny_teachers, options, fuse):
+    untouched, _ = prepared(recipe_with(tiny_recipe, *options))
+    run, _ = prepared(recipe_with(tiny_recipe, BEGIN, f"train.fuse_teachers={fuse}", *options))
+    begun, expected = predictions(run.student.pipeline.unet), predictions(averaged_unet(tiny_sd, tiny_teachers))
+    assert torch.allclose(begun, expected, atol=1e-5)
+    assert not torch.allclose(predictions(untouched.student.pipeline.unet), expected, atol=1e-3)
+    assert run.student.left_out == pytest.approx(0.0, abs=1e-5)
+
+
+def test_teachers_teach_the_same_whatever_the_student_begins_from(tiny_recipe):
+    told = torch.randn(1, 4, 8, 8), torch.tensor([300]), torch.randn(1, 5, 16)
+    answers = []
+    for options in ([], [BEGIN]):
+        run, _ = prepared(recipe_with(tiny_recipe, *options))
+        teacher = run.teachers[0].call
+        with teacher.binding(), torch.no_grad():
+            answers.append(teacher.pipeline.unet(*told).sample)
+    assert torch.equal(*answers)
+
+
+def test_what_the_rank_leaves_out_of_the_average_is_logged_and_the_run_resumes(tiny_recipe, tmp_path):
+    folder = run_to_end(recipe_with(tiny_recipe, BEGIN, "student.rank=1"))
+    (begin,) = rows_of(folder, "begin")
+    assert 0.01 < begin["left_out"] < 1
+    recipe = recipe_with(tiny_recipe, BEGIN, "student.rank=1", "train.max_train_steps=3")
+    trained = dict(load_file(folder.latest_checkpoint() / "pytorch_lora_weights.safetensors"))
+    loop.distill(recipe, folder)
+    assert len(rows_of(folder, "begin")) == 1 and len(rows_of(folder, "update")) == 3
+    assert any(
+        not torch.equal(value, trained[name])
+        for name, value in load_file(folder.latest_checkpoint() / "pytorch_lora_weights.safetensors").items()
+    )
+
+
+def test_an_average_on_layers_without_a_student_lora_is_refused(tiny_recipe):
+    with pytest.raises(UserError, match=r"begin_from.*no LoRA.*student\.target_modules"):
+        prepared(recipe_with(tiny_recipe, BEGIN, 'student.target_modules=["to_q"]'))
 
 
 def test_an_ema_teacher_follows_the_student(tiny_sd, tmp_path):

@@ -65,6 +65,17 @@ def test_the_hashes_cover_all_that_a_run_begins_with(tmp_path, tiny_sd, tiny_tea
     assert {key for key in before if before[key] != after[key]} == {named} and set(after) == set(before)
 
 
+def test_only_lora_teachers_are_averaged_and_a_start_is_said_once(tmp_path, tiny_sd, tiny_teachers):
+    other = tiny.write_teacher(tmp_path / "whole", tiny_sd, form="full")
+    recipe = tiny.write_recipe(tmp_path / "r.toml", tiny_sd, [tiny_teachers[0], other])
+    assert "'whole' is of form \"full\"" in refusal(recipe, 'student.begin_from="teacher_average"')
+    recipe = tiny.write_recipe(tmp_path / "r2.toml", tiny_sd, tiny_teachers)
+    check(read_recipe(recipe, ['student.begin_from="teacher_average"']))
+    warm = f'student.init_weights="{tiny_teachers[0]}/pytorch_lora_weights.safetensors"'
+    with pytest.raises(UserError, match="Remove one of the two"):
+        read_recipe(recipe, ['student.begin_from="teacher_average"', warm])
+
+
 def test_a_lora_of_another_unet_is_refused(recipe_file, teachers, tmp_path):
     wide = tiny.save_pipeline(tmp_path / "wide", cross=32)
     tiny.save_lora(teachers[1], wide, seed=4)
