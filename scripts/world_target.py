@@ -1,0 +1,157 @@
+"""The embedded world's target on many prompts: students of several trainings against their teachers, paired by prompt.
+
+    python scripts/world_target.py measure RUN RUN RUN --output DIR --prompts 1000 [--task text] [--what student ...]
+    python scripts/world_target.py table --output DIR [--json]
+
+`measure` scores, on each task's own held-out prompts: the task's teacher at its own steps and at the student's, the
+teachers' weight average and the base at the student's steps, and the student of every RUN. Each (model, task) is one
+file in DIR, so what is there is not measured again and tasks may be measured by different processes at the same time.
+The RUNs must be of one recipe that differs in its seed only. `table` gives score and ratio to the teacher with 95 %
+bootstrap intervals; over several students both prompts and trainings are drawn.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from world_models import world
+
+from diffopd.evaluate import Contender, Task, measure, reference_contenders, student_contender, tasks_of
+from diffopd.load import student_pipeline
+from diffopd.recipe import Recipe
+from diffopd.run_folder import RunFolder, atomic_write
+from diffopd.teacher import teacher_card
+
+app = typer.Typer(help=__doc__, no_args_is_help=True)
+KINDS = ("student", "teacher", "average", "base")
+Output = Annotated[Path, typer.Option(help="folder of the scores")]
+
+
+def references(recipe: Recipe, task: str) -> list[tuple[str, Contender]]:
+    """kind -> teacher, average and base, as far as this task needs them; base and average as the student walks."""
+    student, cards = recipe.student, [teacher_card(settings.name, recipe.path) for settings in recipe.teachers]
+    found = []
+    for contender in reference_contenders(recipe, cards):
+        kind = contender.model.split(":")[0]
+        if contender.model == f"teacher:{task}":
+            found.append((kind, contender))
+        if kind == "average" and contender.num_inference_steps == student.num_inference_steps:
+            found.append((kind, contender))
+            plain = Contender("average", contender.call, contender.num_inference_steps, student.guidance_scale)
+            found.append((kind, plain))
+        if kind == "base" and contender.guidance_scale == student.guidance_scale:
+            found.append((kind, Contender("base", contender.call, student.num_inference_steps, student.guidance_scale)))
+    return found
+
+
+@app.command("measure")
+def measure_all(
+    runs: Annotated[list[Path], typer.Argument(help="run folders of one recipe, different seeds")],
+    output: Output,
+    prompts: int = 1000,
+    task: Annotated[list[str], typer.Option(help="may be given several times")] = list(world.TASKS),  # noqa: B006
+    what: Annotated[list[str], typer.Option(help=f"of {', '.join(KINDS)}; all by default")] = list(KINDS),  # noqa: B006
+    batch: int = 50,
+) -> None:
+    """Score what is not scored yet."""
+    unknown = [*({*task} - {*world.TASKS}), *({*what} - {*KINDS})]
+    if unknown:
+        raise typer.BadParameter(f"{unknown[0]!r}; tasks are {', '.join(world.TASKS)}, kinds are {', '.join(KINDS)}")
+    torch.set_num_threads(1)
+    output.mkdir(parents=True, exist_ok=True)
+    opened = [RunFolder.open(run) for run in runs]
+    recipe = opened[0].recipe()
+    recipe.evaluate.batch_size, recipe.evaluate.seeds = batch, [0]
+    tasks = {t.name: t for t in tasks_of([teacher_card(s.name, recipe.path) for s in recipe.teachers], prompts)}
+    for name in task:
+        for kind, contender in references(recipe, name):
+            if kind in what:
+                score(contender, contender.model.replace(":", "-"), tasks[name], recipe, output)
+        for folder in opened if "student" in what else []:
+            student = student_contender(folder.recipe(), student_pipeline(folder.path))
+            score(student, f"student-{folder.path.name}", tasks[name], recipe, output)
+
+
+def score(contender: Contender, label: str, task: Task, recipe: Recipe, output: Path) -> None:
+    """One file of scores, prompt by prompt."""
+    steps, scale = contender.num_inference_steps, contender.guidance_scale
+    target = output / f"{task.name}--{label}--{steps}-steps--guidance-{scale:g}.json"
+    if target.is_file() and len(json.loads(target.read_text())["scores"]) == len(task.rows):
+        return
+    (result,) = measure([(contender, task)], recipe)
+    row = {"task": task.name, "model": contender.model, "label": label, "steps": steps, "guidance_scale": scale}
+    row |= {"diversity": result.diversity, "seconds": round(result.seconds, 1)}
+    atomic_write(target, json.dumps(row | {"scores": [round(s, 4) for s in result.scores]}) + "\n")
+
+
+def bootstrap(students: np.ndarray, teacher: np.ndarray, draws: int = 4000) -> tuple[float, list[float], list[float]]:
+    """Mean score, its interval, and the interval of its ratio to the teacher's.
+
+    students: (trainings, prompts); teacher: (prompts,). Prompts are drawn in pairs; trainings too where there are some.
+    """
+    rng, (trainings, count) = np.random.default_rng(0), students.shape
+    scores, ratios = [], []
+    for _ in range(draws):
+        prompts = rng.integers(count, size=count)
+        rows = students[rng.integers(trainings, size=trainings)][:, prompts]
+        scores.append(rows.mean())
+        ratios.append(rows.mean() / teacher[prompts].mean())
+    spread = [np.quantile(values, (0.025, 0.975)).tolist() for values in (scores, ratios)]
+    return float(students.mean()), spread[0], spread[1]
+
+
+@app.command()
+def table(
+    output: Output, as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of a table")] = False
+) -> None:
+    """What the scores say; the students of all runs are one row, and a row each."""
+    files = [json.loads(path.read_text()) for path in sorted(output.glob("*--*.json"))]
+    if not files:
+        typer.echo(f"{output}: no scores. Run the measure command first.", err=True)
+        raise typer.Exit(1)
+    rows = []
+    for name in dict.fromkeys(file["task"] for file in files):
+        rows += rows_of([file for file in files if file["task"] == name])
+    if as_json:
+        typer.echo(json.dumps(rows))
+        return
+    typer.echo("| task | model | steps | guidance | score | of the teacher | prompts |\n|---|---|---|---|---|---|---|")
+    for row in rows:
+        (low, high), (below, above) = row["interval"], row["ratio_interval"]
+        typer.echo(
+            f"| {row['task']} | {row['model']} | {row['steps']} | {row['guidance_scale']:g} | {row['score']:.3f} "
+            f"({low:.3f} to {high:.3f}) | {row['ratio']:.3f} ({below:.3f} to {above:.3f}) | {row['num_prompts']} |"
+        )
+
+
+def rows_of(files: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of one task. Raises typer.Exit where its teacher's own score is missing."""
+    groups: dict[tuple[str, int, float], list[list[float]]] = defaultdict(list)
+    for file in files:
+        setting = file["steps"], file["guidance_scale"]
+        groups[file["label"], *setting].append(file["scores"])
+        if file["model"] == "student":
+            groups["student, all runs", *setting].append(file["scores"])
+    own = [key for key in groups if key[0].startswith("teacher")]
+    if not own:
+        typer.echo(f"{files[0]['task']}: the teacher is not measured yet.", err=True)
+        raise typer.Exit(1)
+    teacher = np.array(groups[max(own, key=lambda key: key[1])][0])
+    rows = []
+    for (label, steps, scale), scores in groups.items():
+        held = np.array([given[: len(teacher)] for given in scores])
+        mean, interval, ratio_interval = bootstrap(held, teacher[: held.shape[1]])
+        row = {"task": files[0]["task"], "model": label, "steps": steps, "guidance_scale": scale, "score": mean}
+        row |= {"interval": interval, "ratio": mean / float(teacher[: held.shape[1]].mean())}
+        rows.append(row | {"ratio_interval": ratio_interval, "num_prompts": held.shape[1], "trainings": len(scores)})
+    return rows
+
+
+if __name__ == "__main__":
+    app()
