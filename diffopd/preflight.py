@@ -164,10 +164,10 @@ def _prompts(
     names = [card.name for card in cards]
     read: dict[str, dict[str, list[PromptRow]]] = {"train": {}, "test": {}}
     for card in cards:
-        for split, path in (("train", card.prompts.train), ("test", card.prompts.test)):
-            rows = read_prompts(path)
-            check_tasks(rows, Path(path), card.name, names)
-            read[split][card.name] = rows
+        for split, given in (("train", card.prompts.train), ("test", card.prompts.test)):
+            for path in card.prompts.files(split):
+                check_tasks(read_prompts(path), path, card.name, names)
+            read[split][card.name] = read_prompts(given)
     return read["train"], read["test"]
 
 
@@ -179,7 +179,8 @@ def _check_pictures(
         return
     checked = recipe.train.batch_size if recipe.train.validate_every else 0
     for card in cards:
-        for path, rows in ((card.prompts.train, train[card.name]), (card.prompts.test, test[card.name][:checked])):
+        for split, rows in (("train", train[card.name]), ("test", test[card.name][:checked])):
+            path = " and ".join(map(str, card.prompts.files(split)))
             for number, row in enumerate(rows, start=1):
                 name = row.metadata.get("file_name")
                 if not isinstance(name, str):

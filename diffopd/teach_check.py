@@ -80,12 +80,14 @@ def _check_noise(recipe: TeachRecipe, parts: Parts) -> None:
 
 
 def _check_files(recipe: TeachRecipe, rows: list[PromptRow]) -> None:
+    files = recipe.card.prompts.files("train")
     for number, row in enumerate(rows, start=1):
         name = row.metadata.get("file_name")
         if not isinstance(name, str) or not Path(name).is_file():
             wrong = f"its picture {name} is not there" if isinstance(name, str) else 'it names no picture ("file_name")'
+            place = f"{files[0]}:{number}" if len(files) == 1 else f"{recipe.card.path}: prompt {row.prompt!r}"
             raise UserError(
-                f"{recipe.card.prompts.train}:{number}: a supervised teacher learns from pictures, but {wrong}. Give "
+                f"{place}: a supervised teacher learns from pictures, but {wrong}. Give "
                 'every row one, beside the prompt file, or set pictures = "file.py:function" in '
                 f"{recipe.path.name}."
             )

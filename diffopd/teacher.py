@@ -32,8 +32,13 @@ class RewardSettings(Settings):
 class TeacherPrompts(Settings):
     """The prompt files of a task; paths are absolute once read, a dataset folder stands as its file of the split."""
 
-    train: str
-    test: str
+    train: str | Annotated[list[str], Field(min_length=1)]
+    test: str | Annotated[list[str], Field(min_length=1)]
+
+    def files(self, split: str) -> list[Path]:
+        """The files of "train" or "test"."""
+        given = self.train if split == "train" else self.test
+        return [Path(file) for file in ([given] if isinstance(given, str) else given)]
 
 
 class TeacherCard(Settings):
@@ -118,7 +123,11 @@ class TeacherCard(Settings):
 
     def task_hashes(self) -> dict[str, str]:
         """What its task is made of -> sha256: "train prompts", "test prompts" and the files of its rewards."""
-        files = {f"{split} prompts": Path(getattr(self.prompts, split)) for split in ("train", "test")}
+        files = {}
+        for split in ("train", "test"):
+            held = self.prompts.files(split)
+            named = [f" of {path.parent.parent.name}" for path in held] if len(held) > 1 else [""]
+            files |= {f"{split} prompts{name}": path for name, path in zip(named, held, strict=True)}
         files |= {file: self.folder / file for file in reward_files(self.terms)}
         return {what: file_sha256(path) for what, path in files.items()}
 
@@ -137,10 +146,17 @@ def teacher_card(name_or_path: str, relative_to: Path | str) -> TeacherCard:
     if isinstance(prompts, str):  # a dataset folder with both splits
         prompts = {"train": prompts, "test": prompts}
     if isinstance(prompts, dict):
-        data["prompts"] = {k: str(prompt_file(folder / v, k)) if isinstance(v, str) else v for k, v in prompts.items()}
+        data["prompts"] = {split: _located(given, folder, split) for split, given in prompts.items()}
     card = validated(TeacherCard, data, source)
     card._source = source
     return card
+
+
+def _located(given: Any, folder: Path, split: str) -> Any:
+    """Prompt files as absolute paths; anything else as it is, for the validation to refuse."""
+    if isinstance(given, list):
+        return [_located(file, folder, split) for file in given]
+    return str(prompt_file(folder / given, split)) if isinstance(given, str) else given
 
 
 def hub_weights(spec: str, folder: Path) -> HubId | None:

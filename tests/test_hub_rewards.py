@@ -66,3 +66,15 @@ def test_what_a_cards_reward_lacks_is_said_with_its_place(tmp_path, tiny_sd, mon
     check(recipe)  # a plan needs no reward
     with pytest.raises(UserError, match="the reward of 'dots', and that needs rapidocr, onnxruntime"):
         check(recipe, hash_weights=True)
+
+
+def test_a_card_may_have_several_prompt_files_and_hashes_each(tmp_path, tiny_sd):
+    folder, other = (tiny.write_teacher(tmp_path / name, tiny_sd) for name in ("dots", "lines"))
+    card = (folder / "teacher.toml").read_text()
+    both = 'train = ["prompts/train.jsonl", "../lines/prompts/train.jsonl"]'
+    (folder / "teacher.toml").write_text(card.replace('train = "prompts/train.jsonl"', both))
+    read = teacher_card(str(folder), folder)
+    one = read_prompts(other / "prompts" / "train.jsonl")
+    assert [row.prompt for row in read_prompts(read.prompts.train)] == [row.prompt for row in one for _ in range(2)]
+    named = ["train prompts of dots", "train prompts of lines", "test prompts", "reward.py"]
+    assert list(read.task_hashes()) == named
