@@ -7,8 +7,9 @@ test (the folders of flow_grpo).
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +48,17 @@ def prompt_file(path: Path | str, split: str) -> Path:
     raise UserError(f"{path}: has no prompts of the {split} split. Put {' or '.join(names)} there.")
 
 
-def read_prompts(path: Path | str, split: str = "train") -> list[PromptRow]:
+def read_prompts(path: Path | str | Sequence[str], split: str = "train") -> list[PromptRow]:
     """The rows of a prompt file, or of the file of `split` in a dataset folder, in order; row i is line i + 1.
+
+    Of several files: the first rows of all, then the second ones, and so on.
 
     Raises UserError naming file and line: no such file, another suffix, no prompts, an empty line, a line that is
     not a JSON object, a missing or empty "prompt".
     """
+    if not isinstance(path, (Path, str)):
+        rounds = zip_longest(*(read_prompts(file, split) for file in path))
+        return [row for found in rounds for row in found if row is not None]
     path = prompt_file(path, split)
     if path.suffix not in (".txt", ".jsonl") and path.exists():
         raise UserError(f"{path}: prompt files end in .txt (one prompt a line) or .jsonl; rename or convert it.")

@@ -7,27 +7,26 @@ state is compared and backed at once -> one reduction, one optimizer step. To re
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from diffopd import noise
-from diffopd.adapters import Average, autocast_forward, fused_forward
+from diffopd.adapters import autocast_forward, fused_forward
 from diffopd.assemble import Student, Teacher, assemble
 from diffopd.attention import proof_of_use
 from diffopd.batches import MicroBatch, Size, micro_batches
-from diffopd.checkpoint import Progress, Trained, averaged, load_checkpoint, save_checkpoint
+from diffopd.checkpoint import Progress, Trained, averaged, load_checkpoint
 from diffopd.data import PromptRow
 from diffopd.data_states import encode_pictures, next_place, noised
 from diffopd.drive import Call, Survey, denoiser_of, survey
 from diffopd.errors import UserError
-from diffopd.interrupt import deferred_interrupt
 from diffopd.log import TrainingLog
+from diffopd.loop import INTERRUPTED, new_trained, refuse_non_finite_norm, run_updates
 from diffopd.objective import get_objective
 from diffopd.processes import Processes, default_device, join_processes
 from diffopd.query import supervised_states
@@ -40,8 +39,6 @@ if TYPE_CHECKING:
     from diffopd.looks import Looks
 
 VALIDATION = 2**31  # noise keys of held-out batches: no update of a run ever has this number
-INTERRUPTED = "Ctrl-C; the same command goes on from here"
-STOPPING = "\nCtrl-C: this update is finished and saved first. Once more stops at once, without saving.\n"
 INITIAL = 0  # solver-step key of the initial latents; the step from state i draws with key i + 1
 
 
@@ -87,7 +84,7 @@ def distill(recipe: Recipe, folder: RunFolder, begin: Callable[[Run, bool], None
     device = default_device()
     student, teachers = assemble(recipe, device, processes)
     run = Run(recipe, student, teachers, _survey(student, teachers), processes, device)
-    trained = _trained(run)
+    trained = new_trained(run)
     latest = folder.latest_checkpoint() if recipe.train.resume_from_checkpoint == "latest" else None
     if latest:
         load_checkpoint(latest, trained)
@@ -105,7 +102,7 @@ def distill(recipe: Recipe, folder: RunFolder, begin: Callable[[Run, bool], None
         log = stack.enter_context(TrainingLog(folder, recipe, trained.progress, is_main=processes.is_main))
         if latest is None and student.left_out is not None:
             log.begins(student.left_out)
-        reason = _updates(run, trained, folder, log)
+        reason = run_updates(run, trained, folder, log, one_update, _validate)
         log.stop(reason)
         if processes.is_main and reason != INTERRUPTED:
             with averaged(trained), student.decoding():
@@ -127,40 +124,6 @@ def preflight(run: Run) -> dict[str, float]:
         except ValueError as error:
             raise UserError(f"Teacher {teacher.name!r} cannot teach this student: {error}") from error
     return first
-
-
-def _updates(
-    run: Run,
-    trained: Trained,
-    folder: RunFolder,
-    log: TrainingLog,
-    one: Callable[..., Any] | None = None,
-    validate: Callable[..., Any] | None = None,
-) -> str:
-    """Train until a reason to stop; returns it. Ctrl-C, in any process, saves and stops after the update in hand.
-
-    one, validate: another update and held-out check than distillation's; what they return is the log's.
-    """
-    progress, train = trained.progress, run.recipe.train
-    began = time.monotonic() - progress.seconds
-    reason = _finished(run, progress)
-    with deferred_interrupt(STOPPING if run.processes.is_main else "") as interrupt:
-        while reason is None:
-            watch = Watch()
-            losses = (one or one_update)(run, trained, watch)
-            progress.update += 1
-            progress.seconds = run.processes.of_main(time.monotonic() - began)  # schedules must not differ
-            log.update(losses, trained.optimizer.param_groups[0]["lr"], watch)
-            if train.validate_every and progress.update % train.validate_every == 0:
-                log.validation((validate or _validate)(run, trained))
-            if run.looks and progress.update % run.looks.every == 0:
-                with averaged(trained):
-                    log.look(run.looks.look(run, progress.update))
-            reason = INTERRUPTED if run.processes.agree(interrupt.asked) else _finished(run, progress)
-            if reason is None and progress.update % train.checkpointing_steps == 0:
-                _save(run, trained, folder)
-        _save(run, trained, folder)
-        return INTERRUPTED if run.processes.agree(interrupt.asked) else reason
 
 
 def one_update(run: Run, trained: Trained, watch: Watch) -> UpdateLosses:
@@ -190,7 +153,7 @@ def one_update(run: Run, trained: Trained, watch: Watch) -> UpdateLosses:
     with watch("optimizer"):
         run.processes.sum_gradients(trained.parameters.values())
         norm = torch.nn.utils.clip_grad_norm_(trained.parameters.values(), train.max_grad_norm)
-        _refuse_non_finite_norm(norm, [teacher.name for teacher, _ in tasks], update)
+        refuse_non_finite_norm(norm, [teacher.name for teacher, _ in tasks], update)
         for group in trained.optimizer.param_groups:
             group["lr"] = train.learning_rate * learning_rate_factor(run.recipe, trained.progress)
         trained.optimizer.step()
@@ -361,20 +324,6 @@ def _survey(student: Student, teachers: list[Teacher]) -> Survey:
     return survey(student.call.prompted([teachers[0].train_rows[0].prompt]))
 
 
-def _trained(run: Run) -> Trained:
-    train, student = run.recipe.train, run.student
-    optimizer = torch.optim.AdamW(
-        student.parameters.values(),
-        lr=train.learning_rate,
-        betas=(train.adam_beta1, train.adam_beta2),
-        weight_decay=train.adam_weight_decay,
-        eps=train.adam_epsilon,
-    )
-    average = Average(student.parameters, train.ema_decay) if train.ema_decay else None
-    followed = [teacher.follow[0] for teacher in run.teachers if teacher.follow]
-    return Trained(student.pipeline, student.parameters, optimizer, average, *followed[:1], is_lora=student.is_lora)
-
-
 def _follow(run: Run, trained: Trained, *, moved: bool) -> None:
     """Averages and self-teachers follow the student (after an update), or are only written out (after a resume)."""
     if moved and trained.average:
@@ -402,28 +351,6 @@ def _validate(run: Run, trained: Trained) -> dict[str, float]:
     return losses
 
 
-def _finished(run: Run, progress: Progress) -> str | None:
-    train = run.recipe.train
-    if train.max_train_steps and progress.update >= train.max_train_steps:
-        return f"reached max_train_steps = {train.max_train_steps}"
-    late = bool(train.max_train_seconds) and progress.seconds >= train.max_train_seconds
-    if run.processes.agree(late):
-        return f"reached max_train_seconds = {train.max_train_seconds:g}"
-    why = run.looks.reason if run.looks else None
-    if run.processes.agree(bool(why)):
-        return why or "another process saw a collapse"
-    tired = bool(train.patience) and progress.checks_since_best >= train.patience
-    if run.processes.agree(tired):
-        return f"the held-out loss has not fallen for {train.patience} checks"
-    return None
-
-
-def _save(run: Run, trained: Trained, folder: RunFolder) -> None:
-    if run.processes.is_main:
-        save_checkpoint(folder.path / f"checkpoint-{trained.progress.update}", trained)
-    run.processes.wait()
-
-
 def _non_finite(error: NonFiniteLoss, teacher: str, update: int) -> UserError:
     when = f"update {update}" if update < VALIDATION else "a check without training"
     return UserError(
@@ -431,16 +358,6 @@ def _non_finite(error: NonFiniteLoss, teacher: str, update: int) -> UserError:
         "Nothing was written after the last checkpoint. Lower learning_rate or use mixed_precision = 'no'; if it "
         "happens before the first update, the teacher itself is broken."
     )
-
-
-def _refuse_non_finite_norm(norm: Tensor, teachers: list[str], update: int) -> None:
-    if not bool(torch.isfinite(norm)):
-        names = ", ".join(dict.fromkeys(map(repr, teachers)))
-        raise UserError(
-            f"The gradient is not finite at update {update} (teachers {names}), though every loss is. The student's "
-            "weights have not moved and nothing was written after the last checkpoint. Lower learning_rate or use "
-            "mixed_precision = 'no'."
-        )
 
 
 def _mean(losses: list[StateLoss]) -> float:

@@ -31,8 +31,9 @@ from diffopd.locate import find_pipeline
 from diffopd.metrics import bootstrap_interval, diversity, ratio_interval
 from diffopd.processes import default_device
 from diffopd.recipe import Recipe, TeacherSettings
+from diffopd.reward import card_reward
 from diffopd.run_folder import RunFolder, atomic_write
-from diffopd.teacher import TeacherCard, load_reward, teacher_card
+from diffopd.teacher import TeacherCard, teacher_card
 
 EVALUATION = 2**31 + 16  # noise key: no update of a run ever has this number
 GRID_PICTURES = 6
@@ -99,11 +100,11 @@ def evaluate_run(run_dir: Path, *, everything: bool = False) -> Path:
 
 
 def tasks_of(cards: list[TeacherCard], num_prompts: int) -> list[Task]:
-    """The first `num_prompts` held-out rows of each teacher's task."""
-    return [
-        Task(card.name, read_prompts(card.prompts.test)[:num_prompts], load_reward(card.reward, card.folder))
-        for card in cards
-    ]
+    """The first `num_prompts` held-out rows of each teacher's task, its reward loaded.
+
+    Raises UserError for packages or weights of a reward that are missing.
+    """
+    return [Task(card.name, read_prompts(card.prompts.test)[:num_prompts], card_reward(card)) for card in cards]
 
 
 def reference_contenders(recipe: Recipe, cards: list[TeacherCard]) -> list[Contender]:
@@ -234,10 +235,11 @@ def card_conditions(recipe: Recipe, settings: TeacherSettings, card: TeacherCard
     }
 
 
-def task_conditions(cards: list[TeacherCard]) -> dict[str, dict[str, str]]:
+def task_conditions(cards: list[TeacherCard]) -> dict[str, dict[str, Any]]:
     """Task -> hashes of its held-out prompts and of its reward's file."""
     return {
-        card.name: {k: v for k, v in card.task_hashes().items() if k != "train prompts"} | {"reward": card.reward}
+        card.name: {k: v for k, v in card.task_hashes().items() if k != "train prompts"}
+        | {"reward": card.reward or [term.model_dump(mode="json") for term in card.rewards]}
         for card in cards
     }
 

@@ -26,10 +26,10 @@ from diffopd.grid import Grid, check_walk
 from diffopd.locate import PACKAGE, find_pipeline, nearest_sibling
 from diffopd.quantize import check_quantization
 from diffopd.recipe import Recipe
+from diffopd.reward import check_card_reward
 from diffopd.teacher import (
     TeacherCard,
     hub_weights,
-    load_reward,
     lora_file,
     teacher_card,
     weight_files,
@@ -86,7 +86,7 @@ def check(recipe: Recipe, *, hash_weights: bool = False) -> Parts:
     _check_pictures(recipe, cards, train, test)
     _check_resolutions(recipe)
     for card in cards:
-        load_reward(card.reward, card.folder)
+        _check_reward(card, must_run=hash_weights)
     _check_packages(recipe)
     _check_call_arguments(recipe, base)
     _check_contexts(recipe, base, cards, train)
@@ -164,10 +164,10 @@ def _prompts(
     names = [card.name for card in cards]
     read: dict[str, dict[str, list[PromptRow]]] = {"train": {}, "test": {}}
     for card in cards:
-        for split, path in (("train", card.prompts.train), ("test", card.prompts.test)):
-            rows = read_prompts(path)
-            check_tasks(rows, Path(path), card.name, names)
-            read[split][card.name] = rows
+        for split, given in (("train", card.prompts.train), ("test", card.prompts.test)):
+            for path in card.prompts.files(split):
+                check_tasks(read_prompts(path), path, card.name, names)
+            read[split][card.name] = read_prompts(given)
     return read["train"], read["test"]
 
 
@@ -179,7 +179,8 @@ def _check_pictures(
         return
     checked = recipe.train.batch_size if recipe.train.validate_every else 0
     for card in cards:
-        for path, rows in ((card.prompts.train, train[card.name]), (card.prompts.test, test[card.name][:checked])):
+        for split, rows in (("train", train[card.name]), ("test", test[card.name][:checked])):
+            path = " and ".join(map(str, card.prompts.files(split)))
             for number, row in enumerate(rows, start=1):
                 name = row.metadata.get("file_name")
                 if not isinstance(name, str):
@@ -219,6 +220,16 @@ def _check_packages(recipe: Recipe) -> None:
                 f"{recipe.place('train', key)}: train.{key} asks for {name}, which is not installed. Install "
                 f"diffopd[{name}], or leave {name} out."
             )
+
+
+def _check_reward(card: TeacherCard, *, must_run: bool) -> None:
+    """A task's reward is there; what it needs must be installed only where it will run."""
+    missing = check_card_reward(card)
+    if missing and must_run:
+        raise UserError(
+            f"{card.path}: the evaluation needs the reward of {card.name!r}, and that needs {', '.join(missing)}. "
+            "Install the extra that docs/teach.md names beside the reward, or give the card another."
+        )
 
 
 def _check_call_arguments(recipe: Recipe, base: Blueprint) -> None:

@@ -1,8 +1,9 @@
-"""The reward that a teacher is taught by: its card's, a file's function, a shipped one, or a weighted sum of these."""
+"""The reward of a task: a file's function, a shipped one, or a weighted sum of these; of a card, or of a teach.toml."""
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from diffopd.errors import UserError, suggestion
 from diffopd.rewards import SHIPPED
-from diffopd.teach_recipe import RewardSettings, TeachRecipe
-from diffopd.teacher import Reward, file_sha256, load_reward
+from diffopd.teach_recipe import TeachRecipe
+from diffopd.teacher import Reward, RewardSettings, TeacherCard, file_sha256, load_reward, reward_files
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,8 @@ class WeightedSum:
 
     def __call__(self, images: list[Any], prompts: list[str], metadata: list[dict[str, Any]]) -> np.ndarray:
         """(B,) float64. Raises ValueError for a term that gives another number of scores."""
+        import torch
+
         total = np.zeros(len(images))
         for name, weight, reward in self.terms:
             scores = torch.as_tensor(reward(images, prompts, metadata), dtype=torch.float64).cpu().numpy().reshape(-1)
@@ -35,19 +37,31 @@ class WeightedSum:
         return total
 
 
+@dataclass(frozen=True)
+class _Term:
+    """One term, the teacher's folder that its files are in, and where it is written."""
+
+    settings: RewardSettings
+    folder: Path
+    place: str
+
+
 def reward_of(recipe: TeachRecipe) -> Reward:
-    """The recipe's reward, its networks loaded.
+    """The reward that a teacher is taught by, its networks loaded: the recipe's own, else the card's.
 
     Raises UserError for a missing file, function, package or weights, saying what to install or download.
     """
-    terms = terms_of(recipe)
-    loaded = [(term.reward, term.weight, _load(recipe, number, term)) for number, term in enumerate(terms)]
-    return WeightedSum(tuple(loaded))
+    return _summed(_terms(recipe))
+
+
+def card_reward(card: TeacherCard) -> Reward:
+    """The reward that scores a teacher's task, its networks loaded. Raises UserError as `reward_of`."""
+    return _summed(_terms_of_card(card))
 
 
 def terms_of(recipe: TeachRecipe) -> list[RewardSettings]:
-    """The terms of the recipe's reward: its own, else the card's reward."""
-    return recipe.rewards or [RewardSettings(reward=recipe.card.reward)]
+    """The terms of the recipe's reward: its own, else the card's."""
+    return recipe.rewards or recipe.card.terms
 
 
 def check_reward(recipe: TeachRecipe) -> list[str]:
@@ -55,27 +69,17 @@ def check_reward(recipe: TeachRecipe) -> list[str]:
 
     Raises UserError for an unknown name, an option that it does not take, or a file that cannot be imported.
     """
-    missing = []
-    for number, term in enumerate(terms_of(recipe)):
-        if ":" in term.reward:
-            _of_file(recipe, number, term)
-            continue
-        kind = _shipped(recipe, number, term.reward)
-        known = [name for name in inspect.signature(kind).parameters]
-        for key in term.options:
-            if key not in known:
-                raise UserError(
-                    f"{_place(recipe, number)}: reward {term.reward!r} takes no option {key!r}.{suggestion(key, known)}"
-                )
-        missing += [name for name in kind.packages if importlib.util.find_spec(name) is None]
-    return list(dict.fromkeys(missing))
+    return _checked(_terms(recipe))
+
+
+def check_card_reward(card: TeacherCard) -> list[str]:
+    """As `check_reward`, of the reward that scores a teacher's task."""
+    return _checked(_terms_of_card(card))
 
 
 def reward_hashes(recipe: TeachRecipe) -> dict[str, str]:
     """file -> sha256 of the files that the recipe's own terms and pictures are made by."""
-    specs = [term.reward for term in recipe.rewards if ":" in term.reward]
-    specs += [recipe.pictures] if recipe.pictures else []
-    files = [spec.rpartition(":")[0] for spec in specs]
+    files = reward_files(recipe.rewards) + ([recipe.pictures.rpartition(":")[0]] if recipe.pictures else [])
     return {f"{recipe.card.name}: {file}": file_sha256(recipe.card.folder / file) for file in dict.fromkeys(files)}
 
 
@@ -92,14 +96,50 @@ def picture_function(recipe: TeachRecipe) -> Any:
         raise UserError(f"{recipe.place('pictures')}: pictures, loaded as a reward is: {error}") from error
 
 
-def _load(recipe: TeachRecipe, number: int, term: RewardSettings) -> Reward:
-    if ":" in term.reward:
-        return _of_file(recipe, number, term)
-    kind, options = _shipped(recipe, number, term.reward), dict(term.options)
+def _terms(recipe: TeachRecipe) -> list[_Term]:
+    if not recipe.rewards:
+        return _terms_of_card(recipe.card)
+    places = [recipe.place("rewards", number, "reward") for number in range(len(recipe.rewards))]
+    return [_Term(term, recipe.card.folder, place) for term, place in zip(recipe.rewards, places, strict=True)]
+
+
+def _terms_of_card(card: TeacherCard) -> list[_Term]:
+    places = [card.place("rewards", number, "reward") for number in range(len(card.rewards))]
+    return [
+        _Term(term, card.folder, place)
+        for term, place in zip(card.terms, places or [card.place("reward")], strict=True)
+    ]
+
+
+def _summed(terms: list[_Term]) -> WeightedSum:
+    return WeightedSum(tuple((term.settings.reward, term.settings.weight, _load(term)) for term in terms))
+
+
+def _checked(terms: list[_Term]) -> list[str]:
+    missing: list[str] = []
+    for term in terms:
+        if ":" in term.settings.reward:
+            _of_file(term)
+            continue
+        kind = _shipped(term)
+        known = [name for name in inspect.signature(kind).parameters]
+        for key in term.settings.options:
+            if key not in known:
+                raise UserError(
+                    f"{term.place}: reward {term.settings.reward!r} takes no option {key!r}.{suggestion(key, known)}"
+                )
+        missing += [name for name in kind.packages if importlib.util.find_spec(name) is None]
+    return list(dict.fromkeys(missing))
+
+
+def _load(term: _Term) -> Reward:
+    if ":" in term.settings.reward:
+        return _of_file(term)
+    kind = _shipped(term)
     try:
-        return kind(**_with_paths(options, recipe.card.folder))
+        return kind(**_with_paths(term.settings.options, term.folder))
     except (ImportError, OSError, ValueError, TypeError) as error:
-        raise UserError(f"{_place(recipe, number)}: reward {term.reward!r} cannot be loaded: {error}") from error
+        raise UserError(f"{term.place}: reward {term.settings.reward!r} cannot be loaded: {error}") from error
 
 
 def _with_paths(options: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -110,24 +150,21 @@ def _with_paths(options: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     }
 
 
-def _of_file(recipe: TeachRecipe, number: int, term: RewardSettings) -> Reward:
-    if term.options:
-        raise UserError(f"{_place(recipe, number)}: options belong to shipped rewards; {term.reward!r} is a function.")
+def _of_file(term: _Term) -> Reward:
+    if term.settings.options:
+        raise UserError(f"{term.place}: options belong to shipped rewards; {term.settings.reward!r} is a function.")
     try:
-        return load_reward(term.reward, recipe.card.folder)
+        return load_reward(term.settings.reward, term.folder)
     except UserError as error:
-        raise UserError(f"{_place(recipe, number)}: {error}") from error
+        raise UserError(f"{term.place}: {error}") from error
 
 
-def _shipped(recipe: TeachRecipe, number: int, name: str) -> Any:
+def _shipped(term: _Term) -> Any:
+    name = term.settings.reward
     if name not in SHIPPED:
         raise UserError(
-            f'{_place(recipe, number)}: there is no shipped reward "{name}".{suggestion(name, list(SHIPPED))} '
+            f'{term.place}: there is no shipped reward "{name}".{suggestion(name, list(SHIPPED))} '
             "For your own give file.py:function from the teacher's folder."
         )
     module, kind = SHIPPED[name].split(":")
     return vars(importlib.import_module(module))[kind]
-
-
-def _place(recipe: TeachRecipe, number: int) -> str:
-    return recipe.place("rewards", number, "reward") if recipe.rewards else recipe.card.place("reward")

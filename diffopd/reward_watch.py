@@ -18,10 +18,11 @@ from diffopd.errors import UserError
 from diffopd.evaluate import Contender, Task, pictures
 from diffopd.metrics import diversity
 from diffopd.objective import get_objective
+from diffopd.reward import card_reward
 from diffopd.sampling import score
 from diffopd.supervise import Manner, supervise
 from diffopd.teach_recipe import TeachRecipe
-from diffopd.teacher import Reward, load_reward, teacher_card
+from diffopd.teacher import Reward, TeacherCard, teacher_card
 
 DRIFT = 2**31 + 48  # noise key of the walks on which drift is measured: no update of a run ever has this number
 KEPT = 64
@@ -82,18 +83,24 @@ def _noise(place: Survey, seed: int, count: int, call: Call) -> Callable[[int], 
 def watched_tasks(recipe: TeachRecipe, reward: Reward | None) -> tuple[Task, ...]:
     """The taught task under the reward that is trained on (the card's, where there is none), then the others.
 
-    Raises UserError for a watched teacher that is not there or is the taught one.
+    Raises UserError as `watched_cards`, and for packages or weights of a reward that are missing.
     """
     card, count = recipe.card, recipe.evaluate.num_prompts
-    own = reward or load_reward(card.reward, card.folder)
-    tasks = [Task("reward", read_prompts(card.prompts.test)[:count], own)]
-    for index, name in enumerate(recipe.watch):
+    tasks = [Task("reward", read_prompts(card.prompts.test)[:count], reward or card_reward(card))]
+    for other in watched_cards(recipe):
+        tasks.append(Task(other.name, read_prompts(other.prompts.test)[:count], card_reward(other)))
+    return tuple(tasks)
+
+
+def watched_cards(recipe: TeachRecipe) -> list[TeacherCard]:
+    """The cards of the other tasks. Raises UserError for a teacher that is not there or is the taught one."""
+    cards: list[TeacherCard] = []
+    for name in recipe.watch:
         try:
             other = teacher_card(name, recipe.path)
         except UserError as error:
             raise UserError(f"{recipe.place('watch')}: {error}") from error
-        if other.name in ("reward", "drift", "diversity", *recipe.watch[:index], card.name):
+        if other.name in ("reward", "drift", "diversity", recipe.card.name, *(card.name for card in cards)):
             raise UserError(f"{recipe.place('watch')}: {other.name!r} is watched anyway, or twice. Remove it.")
-        rows = read_prompts(other.prompts.test)[:count]
-        tasks.append(Task(other.name, rows, load_reward(other.reward, other.folder)))
-    return tuple(tasks)
+        cards.append(other)
+    return cards

@@ -13,15 +13,16 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor
 
-from diffopd import distill as loop
 from diffopd import noise
 from diffopd.adapters import autocast_forward
 from diffopd.checkpoint import Trained, averaged, load_checkpoint
 from diffopd.data_states import encode_images, encode_pictures
+from diffopd.distill import INITIAL, learning_rate_factor, manner_of
 from diffopd.drive import denoiser_of
 from diffopd.errors import UserError
 from diffopd.estimators import advantages, optimality
 from diffopd.learning import Measures, learn
+from diffopd.loop import INTERRUPTED, new_trained, refuse_non_finite_norm, run_updates
 from diffopd.run_folder import RunFolder
 from diffopd.sampling import Sampled, gathered, joined, sample, score
 from diffopd.supervise import NonFiniteLoss, Watch
@@ -54,15 +55,15 @@ def teach(recipe: TeachRecipe, folder: RunFolder) -> bool:
         log = stack.enter_context(TeachLog(folder, recipe, trained.progress, is_main=run.processes.is_main))
         if recipe.train.validate_every and not trained.progress.update:
             log.validation(held_out(run, trained))
-        reason = loop._updates(run, trained, folder, log, one_round, held_out)
+        reason = run_updates(run, trained, folder, log, one_round, held_out)
         log.stop(reason)
     run.processes.wait()
-    return reason != loop.INTERRUPTED
+    return reason != INTERRUPTED
 
 
 def trained_of(run: TeachRun) -> Trained:
     """What a checkpoint holds; the old policy is stored as distillation stores its self-teacher."""
-    trained = loop._trained(run)
+    trained = new_trained(run)
     trained.self_teacher = run.follow[0] if run.follow else None
     return trained
 
@@ -117,7 +118,7 @@ def sampled_pictures(run: TeachRun, update: int, mine: list[int], watch: Watch) 
     """This process's pictures, and the rewards of all processes' (num_pictures,), scored beside the sampling."""
     recipe = run.recipe
     policy = recipe.estimator.name in POLICY_GRADIENT
-    manner = loop.manner_of(recipe, run.walk.num_visits, update, 0) if policy else None
+    manner = manner_of(recipe, run.walk.num_visits, update, 0) if policy else None
     parts, futures = [], []
     with ThreadPoolExecutor(1, thread_name_prefix="reward") as scorer:
         for numbers in run.batches(mine):
@@ -130,7 +131,7 @@ def sampled_pictures(run: TeachRun, update: int, mine: list[int], watch: Watch) 
                 run.sides.old or run.sides.student,
                 rows,
                 numbers,
-                latents=run.noise(update, loop.INITIAL, numbers),
+                latents=run.noise(update, INITIAL, numbers),
                 noise=drawn,
                 manner=manner,
                 watch=watch,
@@ -186,9 +187,9 @@ def optimizer_step(
     with watch("optimizer"):
         run.processes.sum_gradients(trained.parameters.values())
         norm = torch.nn.utils.clip_grad_norm_(trained.parameters.values(), train.max_grad_norm)
-        loop._refuse_non_finite_norm(norm, [recipe.card.name], update)
+        refuse_non_finite_norm(norm, [recipe.card.name], update)
         for group in trained.optimizer.param_groups:
-            group["lr"] = train.learning_rate * loop.learning_rate_factor(recipe, trained.progress)
+            group["lr"] = train.learning_rate * learning_rate_factor(recipe, trained.progress)
         trained.optimizer.step()
         if trained.average:
             trained.average.update(trained.parameters)
@@ -205,7 +206,7 @@ def learn_part(
             part,
             good.to(run.device),
             settings=run.recipe.estimator,
-            manner=loop.manner_of(run.recipe, run.walk.num_visits, update, step),
+            manner=manner_of(run.recipe, run.walk.num_visits, update, step),
             place=run.walk.place,
             noise=lambda index: run.noise(update, LEARN - index, part.numbers),
             backward=lambda loss: (loss.sum() / count).backward(),

@@ -11,8 +11,8 @@ from diffopd.errors import UserError
 from diffopd.grid import draws_noise, make_scheduler
 from diffopd.plan import make_plan, readable
 from diffopd.preflight import Parts, check
-from diffopd.reward import check_reward, picture_function, reward_hashes, terms_of
-from diffopd.reward_watch import watched_tasks
+from diffopd.reward import check_card_reward, check_reward, picture_function, reward_hashes, terms_of
+from diffopd.reward_watch import watched_cards
 from diffopd.teach_recipe import POLICY_GRADIENT, TeachRecipe
 
 if TYPE_CHECKING:
@@ -46,13 +46,13 @@ def check_teach(recipe: TeachRecipe, *, hash_weights: bool = False) -> TeachPart
         )
     if recipe.estimator.name in POLICY_GRADIENT:
         _check_noise(recipe, parts)
-    missing = [] if recipe.is_supervised else check_reward(recipe)
-    watched_tasks(recipe, None)
+    missing = check_card_reward(card) if recipe.is_supervised else check_reward(recipe)
+    missing += [name for other in watched_cards(recipe) for name in check_card_reward(other)]
     picture_function(recipe)
     if recipe.is_supervised and not recipe.pictures:
         _check_files(recipe, rows)
     hashes = {**parts.hashes, **_task_hashes(recipe)} if hash_weights else {}
-    return TeachParts(recipe, parts, rows, missing, hashes)
+    return TeachParts(recipe, parts, rows, list(dict.fromkeys(missing)), hashes)
 
 
 def _task_hashes(recipe: TeachRecipe) -> dict[str, str]:
@@ -80,12 +80,14 @@ def _check_noise(recipe: TeachRecipe, parts: Parts) -> None:
 
 
 def _check_files(recipe: TeachRecipe, rows: list[PromptRow]) -> None:
+    files = recipe.card.prompts.files("train")
     for number, row in enumerate(rows, start=1):
         name = row.metadata.get("file_name")
         if not isinstance(name, str) or not Path(name).is_file():
             wrong = f"its picture {name} is not there" if isinstance(name, str) else 'it names no picture ("file_name")'
+            place = f"{files[0]}:{number}" if len(files) == 1 else f"{recipe.card.path}: prompt {row.prompt!r}"
             raise UserError(
-                f"{recipe.card.prompts.train}:{number}: a supervised teacher learns from pictures, but {wrong}. Give "
+                f"{place}: a supervised teacher learns from pictures, but {wrong}. Give "
                 'every row one, beside the prompt file, or set pictures = "file.py:function" in '
                 f"{recipe.path.name}."
             )

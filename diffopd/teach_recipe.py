@@ -9,9 +9,9 @@ from pydantic import Field, PrivateAttr
 
 from diffopd.errors import UserError
 from diffopd.locate import find_teacher, shelf
-from diffopd.recipe import Count, Fraction, Positive, PositiveOrZero, Recipe, TeacherSettings, Value, read_overridden
+from diffopd.recipe import Count, Fraction, Positive, PositiveOrZero, Recipe, TeacherSettings, read_overridden
 from diffopd.settings import Settings, validated
-from diffopd.teacher import TeacherCard, teacher_card
+from diffopd.teacher import RewardSettings, TeacherCard, teacher_card
 
 # What each estimator reads; any other key beside it would have no effect and is refused.
 WITH_REWARD = {"name", "advantage_clip", "advantage_std", "kl_weight"}
@@ -79,14 +79,6 @@ class SamplingSettings(Settings):
     num_prompts: Count = 8
     group_size: Count = 8
     optimizer_steps: Count = 1
-
-
-class RewardSettings(Settings):
-    """One term of the reward: "file.py:function" from the teacher's folder, or a shipped reward's name."""
-
-    reward: str
-    weight: Positive = 1.0
-    options: dict[str, Value] = {}
 
 
 class TeachRecipe(Recipe):

@@ -14,21 +14,38 @@ from pydantic import Field, PrivateAttr, model_validator
 from diffopd.data import prompt_file
 from diffopd.errors import UserError, suggestion
 from diffopd.locate import HubId, absolute, download, find_teacher, is_path, nearest_sibling, parse_hub_id
+from diffopd.recipe import Positive, Value
 from diffopd.settings import Settings, Source, read_toml, validated
 
 Reward = Callable[[list[Any], list[str], list[dict[str, Any]]], Any]
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
+class RewardSettings(Settings):
+    """One term of a reward: "file.py:function" from the teacher's folder, or a shipped reward's name."""
+
+    reward: Annotated[str, Field(pattern=r"^(.+\.py:[A-Za-z_]\w*|[a-z][a-z0-9_]*)$")]
+    weight: Positive = 1.0
+    options: dict[str, Value] = {}
+
+
 class TeacherPrompts(Settings):
     """The prompt files of a task; paths are absolute once read, a dataset folder stands as its file of the split."""
 
-    train: str
-    test: str
+    train: str | Annotated[list[str], Field(min_length=1)]
+    test: str | Annotated[list[str], Field(min_length=1)]
+
+    def files(self, split: str) -> list[Path]:
+        """The files of "train" or "test"."""
+        given = self.train if split == "train" else self.test
+        return [Path(file) for file in ([given] if isinstance(given, str) else given)]
 
 
 class TeacherCard(Settings):
-    """form: an adapter, a full denoiser, the base with adapters off, or the student's average."""
+    """form: an adapter, a full denoiser, the base with adapters off, or the student's average.
+
+    Its task is scored by `reward`, or by `rewards`: a weighted sum, whose terms may have options.
+    """
 
     can_override: ClassVar[bool] = False
 
@@ -39,7 +56,8 @@ class TeacherCard(Settings):
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
     guidance_scale: Annotated[float, Field(ge=0)] = 1.0
     num_inference_steps: Annotated[int, Field(gt=0, le=1000)] = 20
-    reward: Annotated[str, Field(pattern=r"^.+\.py:[A-Za-z_]\w*$")]
+    reward: Annotated[str, Field(pattern=r"^(.+\.py:[A-Za-z_]\w*|[a-z][a-z0-9_]*)$")] | None = None
+    rewards: list[RewardSettings] = []
     license: str
     prompts: TeacherPrompts
     _source: Source = PrivateAttr()
@@ -52,6 +70,8 @@ class TeacherCard(Settings):
             raise ValueError(f'form = "{self.form}" needs weights = "a file or folder beside this card, or a hub id".')
         if self.form in ("base", "ema") and (self.weights or self.sha256):
             raise ValueError(f'form = "{self.form}" has no weights of its own. Remove weights and sha256.')
+        if bool(self.reward) == bool(self.rewards):
+            raise ValueError('a task is scored by reward = "..." or by [[rewards]], a sum. Give one of the two.')
         return self
 
     @property
@@ -67,6 +87,11 @@ class TeacherCard(Settings):
     def place(self, *location: str | int) -> str:
         """'file:line' of a key."""
         return self._source.place(location)
+
+    @property
+    def terms(self) -> list[RewardSettings]:
+        """What its task is scored by."""
+        return self.rewards or [RewardSettings(reward=self.reward)]
 
     @property
     def hub_weights(self) -> HubId | None:
@@ -97,10 +122,14 @@ class TeacherCard(Settings):
         return found
 
     def task_hashes(self) -> dict[str, str]:
-        """What its task is made of -> sha256: "train prompts", "test prompts" and the reward's file."""
-        reward = self.reward.rpartition(":")[0]
-        prompts = {f"{split} prompts": Path(getattr(self.prompts, split)) for split in ("train", "test")}
-        return {what: file_sha256(path) for what, path in (prompts | {reward: self.folder / reward}).items()}
+        """What its task is made of -> sha256: "train prompts", "test prompts" and the files of its rewards."""
+        files = {}
+        for split in ("train", "test"):
+            held = self.prompts.files(split)
+            named = [f" of {path.parent.parent.name}" for path in held] if len(held) > 1 else [""]
+            files |= {f"{split} prompts{name}": path for name, path in zip(named, held, strict=True)}
+        files |= {file: self.folder / file for file in reward_files(self.terms)}
+        return {what: file_sha256(path) for what, path in files.items()}
 
 
 def teacher_card(name_or_path: str, relative_to: Path | str) -> TeacherCard:
@@ -117,10 +146,17 @@ def teacher_card(name_or_path: str, relative_to: Path | str) -> TeacherCard:
     if isinstance(prompts, str):  # a dataset folder with both splits
         prompts = {"train": prompts, "test": prompts}
     if isinstance(prompts, dict):
-        data["prompts"] = {k: str(prompt_file(folder / v, k)) if isinstance(v, str) else v for k, v in prompts.items()}
+        data["prompts"] = {split: _located(given, folder, split) for split, given in prompts.items()}
     card = validated(TeacherCard, data, source)
     card._source = source
     return card
+
+
+def _located(given: Any, folder: Path, split: str) -> Any:
+    """Prompt files as absolute paths; anything else as it is, for the validation to refuse."""
+    if isinstance(given, list):
+        return [_located(file, folder, split) for file in given]
+    return str(prompt_file(folder / given, split)) if isinstance(given, str) else given
 
 
 def hub_weights(spec: str, folder: Path) -> HubId | None:
@@ -180,12 +216,16 @@ def weights_sha256(path: Path) -> str:
     return hashlib.sha256("".join(f"{name} {digest}\n" for name, digest in digests).encode()).hexdigest()
 
 
+def reward_files(terms: list[RewardSettings]) -> list[str]:
+    """The files of the terms that are functions, each once."""
+    return list(dict.fromkeys(term.reward.rpartition(":")[0] for term in terms if ":" in term.reward))
+
+
 def load_reward(spec: str, folder: Path) -> Reward:
     """The function of "file.py:function", the file taken from `folder`.
 
     A reward takes (images: list of B PIL images, prompts: B strings, metadata: B dicts) and returns B floats
-    in
-    [0, 1]. Raises UserError for a missing file, one that does not import, or a missing function.
+    in [0, 1]. Raises UserError for a missing file, one that does not import, or a missing function.
     """
     file, _, name = spec.rpartition(":")
     path = (folder / file).resolve()

@@ -78,3 +78,10 @@ def test_a_dataset_folder_without_a_split_or_with_two_files_of_it_is_refused(tmp
 def test_line_separators_of_unicode_are_part_of_a_prompt(tmp_path):
     path = write(tmp_path / "a.jsonl", '{"prompt": "a\u2028dot"}\r\n{"prompt": "b"}')
     assert read_prompts(path) == [PromptRow("a\u2028dot"), PromptRow("b")]
+
+
+def test_several_files_alternate_until_each_is_at_its_end(tmp_path):
+    files = [str(write(tmp_path / f"{name}.txt", text)) for name, text in (("a", "a1\na2\na3\n"), ("b", "b1\n"))]
+    assert [row.prompt for row in read_prompts(files)] == ["a1", "b1", "a2", "a3"]
+    with pytest.raises(UserError, match="none.txt"):
+        read_prompts([files[0], str(tmp_path / "none.txt")])

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from diffopd import checkpoint
 from diffopd import distill as loop
+from diffopd import loop as common
 from diffopd.cli import app
 from diffopd.errors import UserError
 from diffopd.recipe import read_recipe
@@ -35,7 +36,7 @@ def prepared(recipe):
     """The loop's run and trained state, before any update."""
     student, teachers = loop.assemble(recipe, "cpu")
     run = loop.Run(recipe, student, teachers, loop._survey(student, teachers), loop.Processes(), "cpu")
-    return run, loop._trained(run)
+    return run, loop.new_trained(run)
 
 
 def gradients_of(recipe):
@@ -235,8 +236,8 @@ def test_a_second_ctrl_c_stops_at_once_and_saves_nothing(tiny_recipe, ctrl_c):
 
 
 def test_ctrl_c_during_the_last_save_still_ends_the_command(tiny_recipe, monkeypatch, ctrl_c):
-    save = loop.save_checkpoint
-    monkeypatch.setattr(loop, "save_checkpoint", lambda *args: (save(*args), signal.raise_signal(signal.SIGINT)))
+    save = common.save_checkpoint
+    monkeypatch.setattr(common, "save_checkpoint", lambda *args: (save(*args), signal.raise_signal(signal.SIGINT)))
     recipe = recipe_with(tiny_recipe, "train.max_train_steps=1")
     folder = RunFolder.create(recipe.output_dir, recipe, {})
     assert not loop.distill(recipe, folder)
@@ -329,7 +330,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_names_the_place_and_keeps_the_c
 def test_a_gradient_that_is_not_finite_moves_nothing_and_names_update_and_teachers(tiny_recipe, monkeypatch):
     """In the last update, after which no loss would ever tell."""
     recipe = recipe_with(tiny_recipe, "train.max_train_steps=2")
-    walk, start, kept = loop.walk_rows, loop._trained, []
+    walk, start, kept = loop.walk_rows, loop.new_trained, []
 
     def broken(run, teacher, rows, numbers, *, update, **options):
         losses = walk(run, teacher, rows, numbers, update=update, **options)
@@ -338,7 +339,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing_and_names_update_and_teache
         return losses
 
     monkeypatch.setattr(loop, "walk_rows", broken)
-    monkeypatch.setattr(loop, "_trained", lambda run: kept.append(start(run)) or kept[0])
+    monkeypatch.setattr(loop, "new_trained", lambda run: kept.append(start(run)) or kept[0])
     folder = RunFolder.create(recipe.output_dir, recipe, {})
     with pytest.raises(UserError, match=r"gradient is not finite at update 1 \(teachers 'dots', 'lines'\)"):
         loop.distill(recipe, folder)

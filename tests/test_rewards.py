@@ -12,7 +12,16 @@ from PIL import Image
 
 from diffopd import rewards
 from diffopd.rewards.clip import Aesthetic, ClipScore, HPSv2, PickScore
-from diffopd.rewards.composition import COLORS, Composition, Found, checked_row, crop, relations, requirements
+from diffopd.rewards.composition import (
+    COLORS,
+    Composition,
+    Found,
+    checked_row,
+    crop,
+    cut_out,
+    relations,
+    requirements,
+)
 from diffopd.rewards.dino import DinoSimilarity
 from diffopd.rewards.pixels import JpegCompressibility, JpegIncompressibility, Sharpness
 
@@ -259,3 +268,41 @@ def test_unknown_classes_and_credits_are_refused(detector, clip):
     assert named(IMAGES[:1], PROMPTS[:1], [{"include": [{"class": "glass", "count": 99}]}]) == [0]
     with pytest.raises(ValueError, match='"all" or "share"'):
         Composition(detector, clip, credit="half")
+
+
+def test_a_segmentation_detects_as_well_and_colours_are_told_of_the_thing_without_its_surroundings(tmp_path, clip):
+    pytest.importorskip("scipy")  # of Mask2Former
+    from transformers import (
+        Mask2FormerConfig,
+        Mask2FormerForUniversalSegmentation,
+        Mask2FormerImageProcessor,
+        SwinConfig,
+    )
+
+    swin = SwinConfig(image_size=64, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 1, 1], window_size=2)
+    swin.out_features = ["stage1", "stage2", "stage3", "stage4"]
+    config = Mask2FormerConfig(
+        backbone_config=swin, feature_size=32, mask_feature_size=32, hidden_dim=32, encoder_feedforward_dim=16,
+        dim_feedforward=16, encoder_layers=1, decoder_layers=2, num_attention_heads=2, num_queries=4,
+        id2label={0: "cat", 1: "dog"},
+    )  # fmt: skip
+    torch.manual_seed(0)
+    Mask2FormerForUniversalSegmentation(config).save_pretrained(tmp_path)
+    Mask2FormerImageProcessor(size={"height": 64, "width": 64}).save_pretrained(tmp_path)
+    made, image = Composition(str(tmp_path), clip, threshold=0.0, count_threshold=0.0), noise(7, 64)
+    (found,) = made.detect([image])
+    assert found and {one.name for one in found} <= {"cat", "dog"}
+    assert [one.confidence for one in found] == sorted((one.confidence for one in found), reverse=True)
+    for one in found:
+        assert one.mask.shape == (64, 64) and one.mask[:, : int(one.box[0])].sum() == 0
+        assert 0 <= one.box[0] < one.box[2] <= 64 and 0 <= one.box[1] < one.box[3] <= 64
+    rows = [{"include": [{"class": found[0].name, "color": color}]} for color in COLORS]
+    assert 1 <= sum(made([image], PROMPTS[:1], [row])[0] for row in rows) <= 4
+
+
+def test_outside_its_mask_a_cut_out_is_grey():
+    mask = np.zeros((32, 32), bool)
+    mask[4:8, 4:12] = True
+    cut = cut_out(Image.new("RGB", (32, 32), "red"), Found("cat", 1.0, (2, 2, 12, 8), mask))
+    assert cut.size == (10, 6)
+    assert cut.getpixel((0, 0)) == (153, 153, 153) and cut.getpixel((5, 4)) == (255, 0, 0)

@@ -1,32 +1,97 @@
 """The shipped ways to teach: every one is read and checked, and the embedded world's pictures show what rows say."""
 
-from pathlib import Path
+import importlib.util
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from typer.testing import CliRunner
 
+from diffopd.cli import app
 from diffopd.data import read_prompts
+from diffopd.load import LORA_FILE
 from diffopd.locate import shelf
+from diffopd.reward import card_reward
+from diffopd.run_folder import RunFolder
+from diffopd.teach import teach
 from diffopd.teach_check import check_teach
 from diffopd.teach_recipe import read_teach_recipe
 from diffopd.teacher import load_reward, teacher_card
 
 ROWS = 24
+WORLD = ("composition", "text", "style")
+SD35 = ["unmade/sd35-ocr/teach.toml", "unmade/sd35-geneval/teach.toml", "unmade/sd35-aesthetic/teach.toml"]
+PACKAGES = {"rapidocr", "onnxruntime"}
+INSTALLED = all(importlib.util.find_spec(name) for name in PACKAGES)
 
 
-def shipped() -> list[Path]:
-    """Every .toml in a teacher's folder that is neither its card nor a recipe to learn from it."""
-    others = {"teacher.toml", "distill.toml"}
-    return sorted(path for path in shelf("teachers").glob("*/*.toml") if path.name not in others)
+def shipped() -> list[str]:
+    """Every .toml in a teacher's folder that is neither its card nor a recipe to learn from it, by its shelf name."""
+    others, top = {"teacher.toml", "distill.toml"}, shelf("teachers")
+    held = [*top.glob("*/*.toml"), *top.glob("unmade/*/*.toml")]
+    return sorted(path.relative_to(top).as_posix() for path in held if path.name not in others)
 
 
 def test_every_task_of_the_world_has_one():
-    assert {path.parent.name for path in shipped() if path.name == "teach.toml"} >= {"composition", "text", "style"}
+    ways = {f"{task}/{name}.toml" for task in WORLD for name in ("teach", "nft", "grpo")}
+    assert ways | {"unmade/joint/nft.toml", "unmade/joint/grpo.toml"} <= set(shipped())
 
 
-@pytest.mark.parametrize("path", shipped(), ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_a_shipped_way_to_teach_is_complete(path):
-    recipe = read_teach_recipe(f"{path.parent.name}/{path.name}")
-    assert recipe.path == path and check_teach(recipe).missing == []
+@pytest.mark.parametrize("name", shipped())
+def test_a_shipped_way_to_teach_is_complete_and_says_how_to_start_it(name):
+    recipe = read_teach_recipe(name)
+    assert recipe.path == shelf("teachers") / name
+    assert set(check_teach(recipe).missing) <= (PACKAGES if name.startswith("unmade/sd35-ocr") else set())
+    command = f"diffopd teach {name.removesuffix('/teach.toml') if name.split('/')[0] in WORLD else name}"
+    assert command in recipe.path.read_text()
+
+
+@pytest.mark.parametrize("name", SD35)
+def test_the_plan_of_a_real_models_teacher_is_made_offline(name):
+    result = CliRunner().invoke(app, ["teach", name, "--dry-run"], catch_exceptions=False)
+    told = " ".join(result.output.split())
+    assert result.exit_code == 0 and "48 prompts x 24 pictures" in told and "stable-diffusion-3.5-medium" in told
+    assert ("flow_sde, noise 0.7, guidance 4.5" in told) == ("grpo_guard" in told)
+    assert ("to install" in told) == (name.startswith("unmade/sd35-ocr") and not INSTALLED)
+
+
+def test_joint_prompts_alternate_between_the_tasks_and_each_picture_has_its_own_tasks_reward():
+    card = teacher_card("unmade/joint", shelf("teachers"))
+    rows, reward = read_prompts(card.prompts.train), card_reward(card)
+    task_of = load_reward("reward.py:task_of", card.folder)
+    assert [task_of(row.metadata) for row in rows[:6]] == ["composition", "text", "style"] * 2
+    apart = {task: read_prompts(teacher_card(task, shelf("teachers")).prompts.train) for task in WORLD}
+    assert sorted(row.prompt for row in rows) == sorted(row.prompt for held in apart.values() for row in held)
+    images = [
+        load_reward(f"../../pictures.py:{task_of(row.metadata)}", card.folder)([row.prompt], [row.metadata], [3])[0]
+        for row in rows[:6]
+    ]
+    metadata = [row.metadata for row in rows[:6]]
+    assert list(reward(images, [""] * 6, metadata)) == [1.0] * 6
+    assert list(reward(images[1:] + images[:1], [""] * 6, metadata)) == [0.0] * 6
+    with pytest.raises(ValueError, match="belongs to no one task"):
+        task_of({"prompt": "a dot"})
+
+
+@pytest.mark.slow
+def test_joint_and_cascade_reinforcement_learning_run_on_the_embedded_world(tmp_path):
+    """An update of each: the cascade's second task begins with the first one's adapter."""
+    few = ["train.max_train_steps=1", "train.max_train_seconds=0.0", "train.validate_every=0", "evaluate.num_prompts=3"]
+    few += ["sampling.num_prompts=3", "sampling.group_size=2", "student.num_inference_steps=2"]
+
+    def taught(name, folder, *options):
+        recipe = read_teach_recipe(name, [f'output_dir="{tmp_path / folder}"', *few, *options])
+        made = RunFolder.create(recipe.output_dir, recipe, check_teach(recipe, hash_weights=True).hashes)
+        assert teach(recipe, made)
+        return load_file(made.latest_checkpoint() / LORA_FILE), made
+
+    taught("unmade/joint/nft.toml", "joint")
+    first, made = taught("text/nft.toml", "first", "train.learning_rate=1e-2")
+    begin = made.latest_checkpoint() / LORA_FILE
+    second, _ = taught("style/nft.toml", "second", f'student.init_weights="{begin}"', "train.learning_rate=1e-9")
+    assert first.keys() == second.keys()
+    assert all(torch.allclose(first[key], second[key], atol=1e-6) for key in first)
+    assert any(tensor.abs().max() > 0 for key, tensor in first.items() if "lora_B" in key)
 
 
 @pytest.mark.parametrize("task", ["composition", "text", "style"])

@@ -5,6 +5,7 @@ from PIL import Image
 
 from diffopd.data import read_prompts
 from diffopd.errors import UserError
+from diffopd.reward import check_card_reward
 from diffopd.teacher import load_reward, teacher_card
 
 
@@ -53,7 +54,8 @@ def test_the_folder_may_be_given_relative_to_a_recipe_file(folder, tmp_path):
         ("guidance_scale", "guidance_scal", 6, 'Did you mean "guidance_scale"?'),
         ('form = "lora"', 'form = "loar"', 3, 'Did you mean "lora"?'),
         ("guidance_scale = 2.0", "guidance_scale = nan", 6, "finite"),
-        ('reward = "reward.py:brightness"', 'reward = "brightness"', 8, "pattern"),
+        ('reward = "reward.py:brightness"', 'reward = "Bright ness"', 8, "pattern"),
+        ('reward = "reward.py:brightness"', "", "", "Give one of the two"),
         ('name = "dots"', 'name = "student"', "", "meaning of its own"),
         ('weights = "pytorch_lora_weights.safetensors"', "", "", "needs weights"),
         ('license = "CC0-1.0"', "", "", "license is missing"),
@@ -130,4 +132,4 @@ def test_every_shipped_card_is_valid():
         assert card.name == name
         if not card.hub_weights:
             card.digest()
-        load_reward(card.reward, card.folder)
+        check_card_reward(card)

@@ -69,7 +69,7 @@ def asked(tiny_sd, pictures, *overrides, output=None):
 def prepared(recipe):
     student, teachers = loop.assemble(recipe, "cpu")
     run = loop.Run(recipe, student, teachers, loop._survey(student, teachers), loop.Processes(), "cpu")
-    return run, loop._trained(run)
+    return run, loop.new_trained(run)
 
 
 def trained(tuning):

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from diffopd import distill as loop
+from diffopd import loop as common
 from diffopd.recipe import read_recipe
 from diffopd.run_folder import RunFolder
 from diffopd.supervise import Watch
@@ -30,7 +31,7 @@ ENDINGS = {
 def differ(rank: int) -> None:
     """The main process's clock goes 1 s a reading and its loss always falls; nobody presses Ctrl-C there."""
     ticks, follow = count(), loop._follow
-    loop.time = SimpleNamespace(monotonic=lambda: next(ticks) * (1.0 + 9.0 * rank))
+    common.time = SimpleNamespace(monotonic=lambda: next(ticks) * (1.0 + 9.0 * rank))
 
     def validate(run, trained):
         trained.progress.checks_since_best += rank
@@ -46,9 +47,9 @@ def differ(rank: int) -> None:
 
 def end_of(run, folder: Path) -> dict[str, object]:
     """Train until something ends it; the reason, the updates done, the largest difference between processes."""
-    trained = loop._trained(run)
+    trained = loop.new_trained(run)
     log = SimpleNamespace(update=lambda *args: None, validation=lambda losses: None)
-    reason = loop._updates(run, trained, RunFolder(folder), log)
+    reason = common.run_updates(run, trained, RunFolder(folder), log, loop.one_update, loop._validate)
     mine = torch.cat([p.detach().flatten() for p in trained.parameters.values()])
     everyone = [torch.empty_like(mine) for _ in range(run.processes.world)]
     torch.distributed.all_gather(everyone, mine)
@@ -64,7 +65,7 @@ if __name__ == "__main__":
     processes = loop.join_processes()
     student, teachers = loop.assemble(recipe, "cpu")
     run = loop.Run(recipe, student, teachers, loop._survey(student, teachers), processes, "cpu")
-    loop.one_update(run, loop._trained(run), Watch())
+    loop.one_update(run, loop.new_trained(run), Watch())
     if processes.is_main:
         save_file({name: p.grad for name, p in student.parameters.items()}, target)
     differ(processes.rank)

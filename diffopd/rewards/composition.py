@@ -1,8 +1,9 @@
 """Object composition in the manner of GenEval (arXiv:2310.11513): count, colour, position, by a detector.
 
-The detector is one of transformers' object detectors, colours are told by a CLIP; neither needs mmdet. A row of
-GenEval's metadata says what must be seen: "include", a list of {"class", "count", "color"?, "position"?:
-[relation, index of another entry]}, and "exclude", a list of {"class", "count"}: so many or more are too many.
+The detector is one of transformers' object detectors, or an instance segmentation such as GenEval's Mask2Former (it
+needs scipy: diffopd[geneval]); colours are told by a CLIP. Nothing needs mmdet. A row of GenEval's metadata says what
+must be seen: "include", a list of {"class", "count", "color"?, "position"?: [relation, index of another entry]}, and
+"exclude", a list of {"class", "count"}: so many or more are too many.
 """
 
 from __future__ import annotations
@@ -17,18 +18,20 @@ RELATIONS = ("left of", "right of", "above", "below")
 
 @dataclass(frozen=True)
 class Found:
-    """One detection: class name, confidence, box (left, top, right, bottom) in pixels."""
+    """One detection: class name, confidence, box (left, top, right, bottom) in pixels, where known its mask (H, W)."""
 
     name: str
     confidence: float
     box: tuple[float, float, float, float]
+    mask: Any = None
 
 
 class Composition:
     """1 where a picture shows what its row asks for, else 0; credit "share" gives the share of met requirements.
 
-    detector: hub id or folder of an object detector; color_model: of a CLIP, loaded only when a row asks for a
-    colour. threshold: least confidence of a detection, count_threshold where more than one is asked for (GenEval's
+    detector: hub id or folder of an object detector, or of an instance segmentation; color_model: of a CLIP, loaded
+    only when a row asks for a colour. threshold: least confidence of a detection, count_threshold where more than one
+    is asked for (GenEval's
     .3 and .9 are for its Mask2Former: check yours on pictures first). aliases: GenEval's class -> the detector's.
 
     Raises OSError for a detector that cannot be had, ValueError for a class that it does not know.
@@ -47,12 +50,13 @@ class Composition:
         device: str | None = None,
     ) -> None:
         import torch
-        from transformers import AutoImageProcessor, AutoModelForObjectDetection
+        from transformers import AutoConfig, AutoImageProcessor
 
         if credit not in ("all", "share"):
             raise ValueError(f'credit = {credit!r} is not allowed. Give "all" or "share".')
         self._device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self._detector = _loaded(AutoModelForObjectDetection, detector, use_safetensors=True).to(self._device).eval()
+        self._has_masks, kind = _kind_of(_loaded(AutoConfig, detector))
+        self._detector = _loaded(kind, detector, use_safetensors=True).to(self._device).eval()
         self._processor = _loaded(AutoImageProcessor, detector)
         self._names = {int(key): name for key, name in self._detector.config.id2label.items()}
         self._thresholds, self._credit = (threshold, count_threshold), credit
@@ -79,12 +83,25 @@ class Composition:
             said = self._detector(**inputs)
         sizes = [(image.height, image.width) for image in pictures]
         least = min(self._thresholds)
+        if self._has_masks:
+            options = {"threshold": least, "target_sizes": sizes, "return_binary_maps": True}
+            found = self._processor.post_process_instance_segmentation(said, **options)
+            return [self._segmented(one) for one in found]
         found = self._processor.post_process_object_detection(said, threshold=least, target_sizes=sizes)
         return [self._listed(one) for one in found]
 
     def _listed(self, one: dict[str, Any]) -> list[Found]:
         parts = zip(one["labels"].tolist(), one["scores"].tolist(), one["boxes"].tolist(), strict=True)
         listed = [Found(self._names[label], score, tuple(box)) for label, score, box in parts]
+        return sorted(listed, key=lambda found: -found.confidence)
+
+    def _segmented(self, one: dict[str, Any]) -> list[Found]:
+        listed = []
+        for info, mask in zip(one["segments_info"], one["segmentation"], strict=True):
+            if mask.any():
+                ys, xs = mask.bool().nonzero(as_tuple=True)
+                box = tuple(float(edge) for edge in (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1))
+                listed.append(Found(self._names[info["label_id"]], info["score"], box, mask.bool().cpu().numpy()))
         return sorted(listed, key=lambda found: -found.confidence)
 
     def _kept(self, found: list[Found], entry: dict[str, Any]) -> list[Found]:
@@ -95,7 +112,7 @@ class Composition:
         if not entry.get("color") or not found:
             return found
         self._colors = self._colors or ColorJudge(self._color_model, self._device)
-        told = self._colors([crop(image, one.box) for one in found], entry["class"])
+        told = self._colors([cut_out(image, one) for one in found], entry["class"])
         return [one for one, color in zip(found, told, strict=True) if color == entry["color"]]
 
     def _translated(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -190,12 +207,34 @@ def relations(box: tuple[float, ...], other: tuple[float, ...]) -> set[str]:
     return {name for name, holds in told.items() if holds}
 
 
+def cut_out(image: Any, found: Found) -> Any:
+    """A detection's box of the picture; where its mask is known all else is grey, as GenEval shows it to CLIP."""
+    from PIL import Image
+
+    if found.mask is None:
+        return crop(image, found.box)
+    shape, grey = Image.fromarray(found.mask), Image.new("RGB", image.size, (153, 153, 153))
+    return crop(Image.composite(image.convert("RGB"), grey, shape), found.box)
+
+
 def crop(image: Any, box: tuple[float, ...]) -> Any:
     """The box of a picture, at least one pixel large."""
     left, top = max(0, int(box[0])), max(0, int(box[1]))
     left, top = min(left, image.width - 1), min(top, image.height - 1)
     right, bottom = min(image.width, max(left + 1, round(box[2]))), min(image.height, max(top + 1, round(box[3])))
     return image.convert("RGB").crop((left, top, right, bottom))
+
+
+def _kind_of(config: Any) -> tuple[bool, Any]:
+    """(whether it gives masks, the class that loads it)."""
+    from transformers import (
+        MODEL_FOR_OBJECT_DETECTION_MAPPING,
+        AutoModelForObjectDetection,
+        AutoModelForUniversalSegmentation,
+    )
+
+    is_detector = type(config) in MODEL_FOR_OBJECT_DETECTION_MAPPING
+    return not is_detector, AutoModelForObjectDetection if is_detector else AutoModelForUniversalSegmentation
 
 
 def _loaded(kind: Any, name: str, **options: Any) -> Any:
