@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -148,6 +149,30 @@ def test_the_card_says_that_a_named_solver_is_not_what_the_student_is_deployed_w
     exported = exported_as(trained)
     exported = cards_of.Exported(other_student(trained, solver="lcm"), exported.cards, exported.folder, object)
     assert "the student walked with the solver `lcm`. Stock" in cards_of.model_card(exported)
+
+
+def test_the_card_has_the_geometry_of_the_lora_that_was_trained_not_that_of_the_recipe(trained):
+    exported = exported_as(trained)
+    started = other_student(trained, rank=64, lora_alpha=64, init_weights="some/lora")
+    card = cards_of.model_card(replace(exported, recipe=started))
+    assert "| trained | LoRA, rank 2, alpha 4, starting as `lora` |" in card
+
+
+@pytest.mark.parametrize(
+    ("student", "train", "said"),
+    [
+        ({}, {}, "float32"),
+        ({}, {"mixed_precision": "bf16"}, "bf16 autocast"),
+        ({}, {"frozen_dtype": "bf16"}, "float32, frozen weights in bf16; scored and exported on the base in float32"),
+        ({"quantization": "bnb-4bit"}, {}, "float32, the base's denoiser quantized (bnb-4bit); scored and"),
+        ({"quantization": {"quant_backend": "quanto"}}, {}, "float32, the base's denoiser quantized (quanto); scored"),
+    ],
+)
+def test_the_card_says_in_which_precision_the_student_was_trained(trained, student, train, said):
+    recipe = other_student(trained, **student)
+    other = recipe.model_copy(update={"train": recipe.train.model_copy(update=train)})
+    other._source = recipe._source
+    assert f"| precision | {said}" in cards_of.model_card(replace(exported_as(trained), recipe=other))
 
 
 @pytest.mark.parametrize(
