@@ -82,11 +82,7 @@ def add_adapter(
     Raises ValueError (from peft) when no module matches `target_modules`, and UserError for a denoiser whose class
     takes no adapters in diffusers.
     """
-    if not hasattr(denoiser, "add_adapter"):
-        raise UserError(
-            f"{type(denoiser).__name__} takes no adapters in diffusers, so there is no LoRA for this family. Set "
-            'student.train = "full", and give teachers of form "full".'
-        )
+    check_takes_adapters(denoiser)
     targets = target_modules if isinstance(target_modules, str) else list(target_modules)
     config = LoraConfig(r=rank, lora_alpha=lora_alpha, init_lora_weights="gaussian", target_modules=targets)
     with warnings.catch_warnings(), torch.random.fork_rng():
@@ -98,6 +94,15 @@ def add_adapter(
         parameter.data = parameter.data.float()
         parameter.requires_grad_(True)
     return parameters
+
+
+def check_takes_adapters(denoiser: nn.Module) -> None:
+    """Raise UserError for a denoiser whose class takes no adapters in diffusers."""
+    if not hasattr(denoiser, "add_adapter"):
+        raise UserError(
+            f"{type(denoiser).__name__} takes no adapters in diffusers, so there is no LoRA for this family. Set "
+            'student.train = "full", and give teachers of form "full".'
+        )
 
 
 def adapter_parameters(denoiser: nn.Module, name: str) -> dict[str, nn.Parameter]:

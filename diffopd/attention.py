@@ -6,6 +6,7 @@ of UNets and of Stable Diffusion 3 do not: there the call changes nothing, so it
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,10 +26,22 @@ def use_attention_backend(denoiser: nn.Module, name: str) -> None:
     """
     if name == DEFAULT:
         return
+    check_attention_backend(denoiser, name)
     if dispatches(denoiser):
         _dispatch_to(denoiser, name)
-    elif name == "xformers":
+    else:
         _use_xformers(denoiser)
+
+
+def check_attention_backend(denoiser: nn.Module, name: str) -> None:
+    """Raise UserError for what can be known of a backend on a denoiser without weights; nothing is downloaded."""
+    if name == DEFAULT:
+        return
+    if dispatches(denoiser):
+        _check_dispatch(name)
+    elif name == "xformers":
+        if denoiser.device.type == "meta":
+            _use_xformers(copy.deepcopy(denoiser))
     else:
         raise UserError(
             f'train.attention_backend = "{name}" has no effect on {type(denoiser).__name__}: its attention layers '
@@ -77,19 +90,38 @@ def _processors(denoiser: nn.Module) -> list[Any]:
     return [m.processor for m in denoiser.modules() if getattr(m, "processor", None) is not None]
 
 
-def _dispatch_to(denoiser: nn.Module, name: str) -> None:
-    from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+def _check_dispatch(name: str) -> None:
+    from diffusers.models.attention_dispatch import (
+        AttentionBackendName,
+        _AttentionBackendRegistry,
+        _check_attention_backend_requirements,
+    )
 
     if AttentionBackendName(name) not in _AttentionBackendRegistry._backends:
         raise UserError(f'train.attention_backend = "{name}" does not exist for this torch. Set "default" or "native".')
-    active = _AttentionBackendRegistry._active_backend
+    with _refused(name):
+        _check_attention_backend_requirements(AttentionBackendName(name))
+
+
+@contextmanager
+def _refused(name: str) -> Iterator[None]:
+    """What diffusers says against a backend, as an error of the user's."""
     try:
-        denoiser.set_attention_backend(name)
+        yield
     except (ImportError, RuntimeError, ValueError, OSError) as error:
         raise UserError(
             f'train.attention_backend = "{name}" cannot be used here: {error} Install what it needs, on a machine with '
             'a supported GPU, or set train.attention_backend = "default".'
         ) from error
+
+
+def _dispatch_to(denoiser: nn.Module, name: str) -> None:
+    from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+
+    active = _AttentionBackendRegistry._active_backend
+    try:
+        with _refused(name):
+            denoiser.set_attention_backend(name)
     finally:
         _AttentionBackendRegistry.set_active_backend(active)  # this denoiser's layers have it; no other model asked
     wrong = [type(p).__name__ for p in _processors(denoiser) if p._attention_backend != AttentionBackendName(name)]

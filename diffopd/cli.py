@@ -210,16 +210,12 @@ def export(
     path = RunFolder.open(run).path
     _quiet_libraries()
     from diffopd.export import export_run
-    from diffopd.hub import check_push, push
+    from diffopd.hub import check_push
 
     if push_to_hub:
         check_push(push_to_hub)
-    where = {"where": push_to_hub} if push_to_hub else {}
-    target = export_run(path, [str(name) for name in formats or []], tell=typer.echo, **where)
-    forms = ", ".join(json.loads((target / "checks.json").read_text(encoding="utf-8")))
-    typer.echo(f"{target}: {forms}; stock diffusers reloads each to the student's pictures. README.md says how.")
-    if push_to_hub:
-        typer.echo(f"Uploaded to {push(target, push_to_hub)}.")
+    target = export_run(path, [str(name) for name in formats or []], tell=typer.echo, push_to=push_to_hub)
+    typer.echo(f"{target / 'README.md'} says how to load each.")
 
 
 @app.command()

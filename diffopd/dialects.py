@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,12 @@ def paired(file: Path, tensors: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     return found
 
 
+def ranks_said(ranks: Iterable[int]) -> str:
+    """'rank 4', or 'ranks 2 to 16' of a LoRA whose layers differ."""
+    found = sorted(set(ranks))
+    return f"rank {found[0]}" if len(found) == 1 else f"ranks {found[0]} to {found[-1]}"
+
+
 def match(names: dict[str, Any], denoiser: nn.Module, component: str) -> dict[str, Any] | None:
     """`names` by module of the denoiser, None unless each is one of its modules, by a known prefix, '.' or '_'."""
     modules = [name for name in _plain(dict(denoiser.named_modules())) if name]
@@ -268,4 +275,14 @@ def _unknown_layers(file: Path, layers: dict[str, Layer], pipeline: Any) -> str:
     )
 
 
-__all__ = ["Layer", "Lora", "match", "paired", "read_layers", "read_lora", "refuse_others", "without_text_encoder"]
+__all__ = [
+    "Layer",
+    "Lora",
+    "match",
+    "paired",
+    "ranks_said",
+    "read_layers",
+    "read_lora",
+    "refuse_others",
+    "without_text_encoder",
+]

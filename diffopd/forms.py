@@ -19,8 +19,10 @@ from diffopd.locate import find_pipeline
 from diffopd.recipe import Recipe
 from diffopd.single_file import write_single_file
 from diffopd.stranger import Form
+from diffopd.teacher import weights_sha256
 
-FORMATS = ("diffusers", "lora", "kohya", "single-file")
+FOLDERS = {"diffusers": "pipeline", "lora": "lora", "kohya": "kohya", "single-file": "single-file"}  # in export/
+FORMATS = tuple(FOLDERS)
 # Largest difference of a pixel in [0, 1]. The same weights may be summed in another order where they lie otherwise in
 # memory (3e-7 was seen); a LoRA is added to each layer's output instead of being fused into its weights.
 ALLOWED = {"diffusers": 1e-5, "single-file": 1e-5, "lora": 1e-3, "kohya": 1e-3}
@@ -40,6 +42,10 @@ class Deployed:
     checkpoint: Path
     pipeline: Any
     layers: dict[str, Layer]
+
+    def digest(self) -> str:
+        """sha256 of the checkpoint's deployable weights."""
+        return weights_sha256(self.checkpoint / (LORA_FILE if self.layers else denoiser_name(self.pipeline)))
 
 
 def deployed(run: Path, recipe: Recipe, checkpoint: Path) -> Deployed:
@@ -66,24 +72,35 @@ def check_formats(formats: list[str], recipe: Recipe) -> list[str]:
     return list(dict.fromkeys(formats)) or ["diffusers", *(["lora"] if is_lora else [])]
 
 
-def write_form(name: str, student: Deployed, folder: Path) -> Form:
-    """Write one format below `folder`; returns how a stock client loads it. Raises UserError where it cannot be."""
-    pipeline, recipe = student.pipeline, student.recipe
+def form_of(name: str, student: Deployed, folder: Path) -> Form:
+    """How a stock client loads one format below `folder`, written or yet to be."""
+    place, recipe = folder / FOLDERS[name], student.recipe
     if name == "diffusers":
-        pipeline.save_pretrained(folder / "pipeline", safe_serialization=True)
-        keep_tokenizer_files(folder / "pipeline")
-        return Form(name, str(folder / "pipeline"))
+        return Form(name, str(place))
     onto = {
         "folder": str(find_pipeline(recipe.student.pretrained_model_name_or_path)),
         "scheduler": recipe.student.scheduler,
     }
+    file = str(place / (LORA_FILE if name == "lora" else f"{recipe.name}.safetensors"))
     if name == "single-file":
-        file = write_single_file(pipeline, folder / "single-file" / f"{recipe.name}.safetensors")
-        return Form(name, **onto, file=str(file), pipeline_class=type(pipeline).__name__)
-    if name == "kohya":
-        return Form(name, **onto, lora=str(write_kohya(student, folder / "kohya" / f"{recipe.name}.safetensors")))
-    (folder / "lora").mkdir()
-    return Form(name, **onto, lora=shutil.copy(student.checkpoint / LORA_FILE, str(folder / "lora" / LORA_FILE)))
+        return Form(name, **onto, file=file, pipeline_class=type(student.pipeline).__name__)
+    return Form(name, **onto, lora=file)
+
+
+def write_form(name: str, student: Deployed, folder: Path) -> Form:
+    """Write one format below `folder`; returns how a stock client loads it. Raises UserError where it cannot be."""
+    form = form_of(name, student, folder)
+    if name == "diffusers":
+        student.pipeline.save_pretrained(form.folder, safe_serialization=True)
+        keep_tokenizer_files(Path(form.folder))
+    elif name == "single-file":
+        write_single_file(student.pipeline, Path(form.file))
+    elif name == "kohya":
+        write_kohya(student, Path(form.lora))
+    else:
+        Path(form.lora).parent.mkdir()
+        shutil.copy(student.checkpoint / LORA_FILE, form.lora)
+    return form
 
 
 def adapter_layers(denoiser: torch.nn.Module) -> dict[str, Layer]:

@@ -26,8 +26,11 @@ class Grid:
 
 
 def make_scheduler(recipe: Recipe, base: Blueprint) -> Any:
-    """The scheduler with the recipe's override. Raises UserError for a wrong class, key or value."""
+    """The scheduler with the recipe's override. UserError for a wrong class, key or value, or a missing package."""
     import diffusers
+    from diffusers.utils import DummyObject
+
+    from diffopd.schedulers import FAMILIES
 
     config = base.configs.get("scheduler", {})
     override = dict(recipe.student.scheduler)
@@ -40,11 +43,15 @@ def make_scheduler(recipe: Recipe, base: Blueprint) -> Any:
         raise UserError(f"{place}: diffusers has no scheduler class {name!r}.{near} Name one of diffusers' classes.")
     keys = [key for key in inspect.signature(kind.__init__).parameters if key != "self"]
     for key in override:
-        if key not in keys:
+        if key not in keys and not isinstance(kind, DummyObject):  # which stands for a class whose packages are absent
             where = recipe.place("student", "scheduler", key)
             raise UserError(f"{where}: {name} has no setting {key!r}.{suggestion(key, keys)}")
     try:
         return kind.from_config(config, **override)
+    except ImportError as error:
+        rest = "" if name in FAMILIES else f" It could not be driven even then; known are {', '.join(FAMILIES)}."
+        reason = " ".join(str(error).split())
+        raise UserError(f"{place}: {name} needs a package that is not installed: {reason}{rest}") from error
     except (TypeError, ValueError, NotImplementedError) as error:
         raise UserError(f"{place}: {name} refuses its settings: {error}. Correct student.scheduler.") from error
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from diffopd.errors import UserError
 from diffopd.locate import parse_hub_id
-
-LEFT_OUT = ("checks.json",)
 
 
 def check_push(repo: str) -> None:
@@ -34,33 +33,33 @@ def check_push(repo: str) -> None:
         )
 
 
-def push(export_dir: Path, repo: str) -> str:
-    """Upload an export as one commit and return its address; the repository is made where there is none.
+def push(export_dir: Path, repo: str, folders: Sequence[str], card: str) -> str:
+    """Upload forms of an export as one commit and return its address; the repository is made where there is none.
 
-    The pipeline folder becomes the top of the repository, so that `from_pretrained("owner/name")` loads it; the other
-    forms keep their folders. Raises UserError where the hub refuses.
+    folders: those of the forms; the pipeline's becomes the top of the repository, so that
+    `from_pretrained("owner/name")` loads it, the others keep theirs. card: the repository's README.md. Raises UserError
+    where the hub cannot be reached or refuses.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HTTPError  # of its HTTP client, which its versions change
 
-    operations = [CommitOperationAdd(place, str(file)) for place, file in uploads(export_dir).items()]
+    operations = [CommitOperationAdd(place, str(file)) for place, file in uploads(export_dir, folders).items()]
+    operations.append(CommitOperationAdd("README.md", card.encode()))
     api = HfApi()
     try:
         api.create_repo(repo, exist_ok=True)
         api.create_commit(repo, operations, commit_message=f"Export of {export_dir.parent.name}")
-    except (HfHubHTTPError, OSError) as error:
+    except (HTTPError, OSError) as error:
+        reason = "".join(str(error).splitlines()[:1])
         raise UserError(
-            f"--push-to-hub {repo}: the hub refused ({type(error).__name__}: {str(error).splitlines()[0]}). The export "
-            f"is complete in {export_dir}; check the name and that your token may write to it."
+            f"--push-to-hub {repo}: the hub could not be reached or refused ({type(error).__name__}: {reason}). The "
+            f"export is complete in {export_dir}; check the network, the name and that your token may write to it."
         ) from error
     return f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co')}/{repo}"
 
 
-def uploads(export_dir: Path) -> dict[str, Path]:
-    """Place in the repository -> file of an export."""
-    found = {}
-    for file in sorted(path for path in export_dir.rglob("*") if path.is_file()):
-        place = file.relative_to(export_dir).as_posix()
-        if place not in LEFT_OUT:
-            found[place.removeprefix("pipeline/")] = file
-    return found
+def uploads(export_dir: Path, folders: Sequence[str]) -> dict[str, Path]:
+    """Place in the repository -> file of an export, the model card aside."""
+    files = [file for name in folders for file in sorted((export_dir / name).rglob("*")) if file.is_file()]
+    found = {file.relative_to(export_dir).as_posix().removeprefix("pipeline/"): file for file in files}
+    return {place: file for place, file in found.items() if place != "README.md"}

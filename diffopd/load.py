@@ -45,9 +45,11 @@ def load_pipeline(
         except (OSError, SafetensorError) as error:
             raise UserError(f"{folder}: cannot be loaded as a diffusers pipeline: {error}") from error
         except (ImportError, RuntimeError, ValueError) as error:
-            if quantization is None:
+            if quantization:
+                raise UserError(f"{folder}: cannot be quantized here: {_first_lines(error)}") from error
+            if not isinstance(error, ImportError):
                 raise
-            raise UserError(f"{folder}: cannot be quantized here: {_first_lines(error)}") from error
+            raise UserError(f"{folder}: needs a package that is not installed: {_first_lines(error)}") from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

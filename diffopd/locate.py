@@ -158,7 +158,7 @@ def download(hub: HubId, patterns: list[str] | None = None, *, local: Path | Non
     local: the path that the same text would be; where something near it exists, the error offers that.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
 
     prefix = f"{hub.subfolder}/" if hub.subfolder else ""
     wanted = [prefix + pattern for pattern in patterns or ["*"]]
@@ -166,7 +166,7 @@ def download(hub: HubId, patterns: list[str] | None = None, *, local: Path | Non
         wanted = [hub.subfolder]
     try:
         top = snapshot_download(hub.repo, revision=hub.revision, allow_patterns=wanted)
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    except (HTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         near = nearest_sibling(local) if local else ""
         raise UserError(
             f"{hub.repo}: no local folder of this name, and the hub did not give it ({type(error).__name__}).{near} "

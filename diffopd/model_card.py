@@ -11,7 +11,9 @@ from typing import Any
 from diffopd import __version__
 from diffopd.assemble import student_arguments
 from diffopd.data import read_prompts
+from diffopd.dialects import ranks_said, read_layers
 from diffopd.errors import UserError
+from diffopd.load import LORA_FILE
 from diffopd.locate import find_pipeline, is_path, parse_hub_id
 from diffopd.recipe import Recipe
 from diffopd.run_folder import RunFolder
@@ -197,12 +199,9 @@ def _training(exported: Exported) -> list[str]:
     recipe, folder = exported.recipe, exported.folder
     student, objective, train = recipe.student, recipe.objective, recipe.train
     progress = json.loads((folder.latest_checkpoint() / "state" / "progress.json").read_text())
-    lora = f"LoRA, rank {student.rank}, alpha {student.lora_alpha}" + (
-        f", starting as `{Path(student.init_weights).name}`" if student.init_weights else ""
-    )
     begun = ", beginning as the average of its teachers" if student.begin_from == "teacher_average" else ""
     rows = {
-        "trained": (lora if student.train == "lora" else "all weights of the denoiser") + begun,
+        "trained": (_adapter(exported) if student.train == "lora" else "all weights of the denoiser") + begun,
         "objective": f"{objective.name}, query {objective.query}, {objective.states} states",
         "teacher substeps": f"{objective.substeps} ({objective.substep_solver}) between two states of the student",
         "tasks per update": train.tasks_per_update,
@@ -210,7 +209,7 @@ def _training(exported: Exported) -> list[str]:
         "batch": f"{train.batch_size} x {train.gradient_accumulation_steps} pictures a task and process",
         "learning rate": f"{train.learning_rate:g}, {train.lr_scheduler}, {train.lr_warmup_steps} updates of warm-up",
         "weight average": f"decay {train.ema_decay:g}" if train.ema_decay else "none",
-        "precision": "bf16 autocast" if train.mixed_precision == "bf16" else "float32",
+        "precision": _precision(recipe),
         "seed": recipe.seed,
         "negative prompt": student.negative_prompt or "none",
         **{name: ", ".join(f"{value:.4g}" for value in values) for name, values in exported.grid.items()},
@@ -225,6 +224,27 @@ def _training(exported: Exported) -> list[str]:
         f"In training the student walked with the solver `{student.solver}`{level}. Stock diffusers does not know it: "
         "the scores here and this folder use the scheduler's own step on the same grid.",
     ]
+
+
+def _adapter(exported: Exported) -> str:
+    """The geometry of the student's LoRA as its file has it: one that it started from may have another than asked."""
+    layers, config = read_layers(exported.folder.latest_checkpoint() / LORA_FILE)
+    said = [f"LoRA, {ranks_said(layer.down.shape[0] for layer in layers.values())}"]
+    if config:
+        said.append("alpha by layer" if config.get("alpha_pattern") else f"alpha {config['lora_alpha']:g}")
+    start = exported.recipe.student.init_weights
+    return ", ".join([*said, *([f"starting as `{Path(start).name}`"] if start else [])])
+
+
+def _precision(recipe: Recipe) -> str:
+    """In which precision it was trained; scores and export are always of float32 weights."""
+    train, quantization = recipe.train, recipe.student.quantization
+    said = ["bf16 autocast" if train.mixed_precision == "bf16" else "float32"]
+    said += ["frozen weights in bf16"] if train.frozen_dtype == "bf16" else []
+    if quantization != "none":
+        name = quantization if isinstance(quantization, str) else quantization["quant_backend"]
+        said.append(f"the base's denoiser quantized ({name})")
+    return ", ".join(said) + ("; scored and exported on the base in float32" if len(said) > 1 else "")
 
 
 def _example_prompt(cards: list[TeacherCard]) -> str:

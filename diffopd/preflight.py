@@ -24,7 +24,7 @@ from diffopd.data import PromptRow, check_tasks, read_prompts
 from diffopd.errors import UserError, suggestion
 from diffopd.grid import Grid, check_walk
 from diffopd.locate import PACKAGE, find_pipeline, nearest_sibling
-from diffopd.quantize import check_quantization
+from diffopd.quantize import check_quantization, quantization_config
 from diffopd.recipe import Recipe
 from diffopd.reward import check_card_reward
 from diffopd.teacher import (
@@ -88,6 +88,7 @@ def check(recipe: Recipe, *, hash_weights: bool = False) -> Parts:
     for card in cards:
         _check_reward(card, must_run=hash_weights)
     _check_packages(recipe)
+    _check_backends(recipe, base)
     _check_call_arguments(recipe, base)
     _check_contexts(recipe, base, cards, train)
     grid = check_walk(recipe, base)
@@ -232,6 +233,17 @@ def _check_reward(card: TeacherCard, *, must_run: bool) -> None:
         )
 
 
+def _check_backends(recipe: Recipe, base: Blueprint) -> None:
+    """What quantization and attention backend will refuse without having seen a weight, they refuse now."""
+    from diffopd.attention import check_attention_backend
+
+    quantization_config(recipe, base.denoiser)
+    try:
+        check_attention_backend(base.meta_denoiser, recipe.train.attention_backend)
+    except UserError as error:
+        raise UserError(f"{recipe.place('train', 'attention_backend')}: {error}") from error
+
+
 def _check_call_arguments(recipe: Recipe, base: Blueprint) -> None:
     """The keyword arguments of every side must be parameters of the pipeline's call."""
     import diffusers
@@ -282,6 +294,7 @@ def _check_contexts(
 def lora_size(recipe: Recipe, meta_denoiser: nn.Module) -> int:
     """Parameters of the student's adapter, which is put on a meta denoiser. UserError where it cannot be."""
     student = recipe.student
+    _takes_adapters(recipe.place("student", "train"), meta_denoiser)
     try:
         return add_lora_on_meta(meta_denoiser, student.rank, student.target_modules)
     except (ValueError, re.error) as error:
@@ -290,6 +303,15 @@ def lora_size(recipe: Recipe, meta_denoiser: nn.Module) -> int:
             f"on the base's {type(meta_denoiser).__name__}: {error} Name layers of it (such as to_q, conv1), or give "
             "one regular expression for their whole names."
         ) from error
+
+
+def _takes_adapters(place: str, denoiser: nn.Module) -> None:
+    from diffopd.adapters import check_takes_adapters
+
+    try:
+        check_takes_adapters(denoiser)
+    except UserError as error:
+        raise UserError(f"{place}: {error}") from error
 
 
 def _check_warm_start(recipe: Recipe, base: Blueprint, cards: tuple[TeacherCard, ...]) -> None:
@@ -302,6 +324,7 @@ def _check_warm_start(recipe: Recipe, base: Blueprint, cards: tuple[TeacherCard,
     spec, place = recipe.student.init_weights, recipe.place("student", "init_weights")
     if spec is None or hub_weights(spec, Path.cwd()):
         return
+    _takes_adapters(place, base.meta_denoiser)
     reason = misfit(lora_file(spec, Path.cwd(), place), base)
     if reason:
         raise UserError(f"{place}: {spec} does not fit the base: {reason}. Take a LoRA of this base.")
@@ -327,6 +350,8 @@ def _check_teacher(recipe: Recipe, index: int, card: TeacherCard, base: Blueprin
         raise UserError(f"{card.place('base')}: {error}") from error
     if own.folder.resolve() != base.folder.resolve():
         _same_states(place, card, own, base)
+    if card.form == "lora":
+        _takes_adapters(card.place("form"), base.meta_denoiser)
     if card.weights is None or card.hub_weights:
         return
     path = card.weights_path()

@@ -45,15 +45,18 @@ def quantization_config(recipe: Recipe, denoiser: str) -> Any:
         return None
     check_quantization(recipe)
     from diffusers import PipelineQuantizationConfig
+    from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
     if wanted == "torchao-int8":
         return PipelineQuantizationConfig(quant_mapping={denoiser: _torchao_int8()})
     table = wanted if isinstance(wanted, dict) else _bitsandbytes(wanted, recipe.train.frozen_dtype)
     try:
-        return PipelineQuantizationConfig(**{"components_to_quantize": [denoiser], **table})
+        made = PipelineQuantizationConfig(**{"components_to_quantize": [denoiser], **table})
+        AUTO_QUANTIZATION_CONFIG_MAPPING[table["quant_backend"]](**table.get("quant_kwargs", {}))
     except (ValueError, TypeError, ImportError) as error:
-        place = recipe.place("student", "quantization")
-        raise UserError(f"{place}: diffusers refuses student.quantization = {wanted!r}: {error}") from error
+        place, reason = recipe.place("student", "quantization"), " ".join(str(error).split())
+        raise UserError(f"{place}: diffusers refuses student.quantization = {wanted!r}: {reason}") from error
+    return made
 
 
 def _torchao_int8() -> Any:

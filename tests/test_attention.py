@@ -7,7 +7,7 @@ from cast import pipeline_with, scheduler_named
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from test_distill import recipe_with, run_to_end
 
-from diffopd.attention import dispatches, proof_of_use, use_attention_backend
+from diffopd.attention import check_attention_backend, dispatches, proof_of_use, use_attention_backend
 from diffopd.drive import denoiser_of
 from diffopd.errors import UserError
 from diffopd.recipe import ATTENTION_BACKENDS
@@ -85,6 +85,16 @@ def test_unets_and_sd3_would_ignore_the_name_so_it_is_refused(scheduler):
     assert not dispatches(denoiser)
     with pytest.raises(UserError, match=f"no effect on {type(denoiser).__name__}"):
         use_attention_backend(denoiser, "native")
+
+
+def test_a_plan_says_of_a_backend_what_the_run_would_say():
+    for denoiser, name in ((flux(), "flash"), (denoiser_of(pipeline_with(scheduler_named("ddim"))), "xformers")):
+        with pytest.raises(UserError, match="cannot be used here") as of_the_run:
+            use_attention_backend(denoiser, name)
+        with pytest.raises(UserError) as of_the_plan:
+            check_attention_backend(denoiser.to("meta"), name)
+        assert str(of_the_plan.value) == str(of_the_run.value)
+    check_attention_backend(flux().to("meta"), "native")
 
 
 def test_a_backend_that_is_not_installed_is_named(tiny_recipe):

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -150,6 +151,30 @@ def test_the_card_says_that_a_named_solver_is_not_what_the_student_is_deployed_w
     assert "the student walked with the solver `lcm`. Stock" in cards_of.model_card(exported)
 
 
+def test_the_card_has_the_geometry_of_the_lora_that_was_trained_not_that_of_the_recipe(trained):
+    exported = exported_as(trained)
+    started = other_student(trained, rank=64, lora_alpha=64, init_weights="some/lora")
+    card = cards_of.model_card(replace(exported, recipe=started))
+    assert "| trained | LoRA, rank 2, alpha 4, starting as `lora` |" in card
+
+
+@pytest.mark.parametrize(
+    ("student", "train", "said"),
+    [
+        ({}, {}, "float32"),
+        ({}, {"mixed_precision": "bf16"}, "bf16 autocast"),
+        ({}, {"frozen_dtype": "bf16"}, "float32, frozen weights in bf16; scored and exported on the base in float32"),
+        ({"quantization": "bnb-4bit"}, {}, "float32, the base's denoiser quantized (bnb-4bit); scored and"),
+        ({"quantization": {"quant_backend": "quanto"}}, {}, "float32, the base's denoiser quantized (quanto); scored"),
+    ],
+)
+def test_the_card_says_in_which_precision_the_student_was_trained(trained, student, train, said):
+    recipe = other_student(trained, **student)
+    other = recipe.model_copy(update={"train": recipe.train.model_copy(update=train)})
+    other._source = recipe._source
+    assert f"| precision | {said}" in cards_of.model_card(replace(exported_as(trained), recipe=other))
+
+
 @pytest.mark.parametrize(
     ("family", "told", "expected"),
     [
@@ -247,7 +272,7 @@ def test_an_unknown_format_is_refused_by_the_command(trained):
 def test_a_push_without_a_token_or_to_no_repository_is_refused_before_anything_is_made(trained, monkeypatch):
     import huggingface_hub
 
-    monkeypatch.setattr(huggingface_hub.constants, "is_offline_mode", lambda: False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
     shutil.rmtree(trained / "export", ignore_errors=True)
     for repo, reason in (("me/tiny", "hf auth login"), ("tiny", "Give owner/name"), ("a/b/c", "Give owner/name")):
@@ -256,31 +281,85 @@ def test_a_push_without_a_token_or_to_no_repository_is_refused_before_anything_i
     assert not (trained / "export").exists()
 
 
-def test_a_push_is_one_commit_whose_card_loads_from_the_hub(trained, agreeing, monkeypatch):
+@pytest.fixture
+def online(monkeypatch):
+    """Logged in and not offline."""
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_secret")
+
+
+def test_a_push_is_one_commit_of_the_forms_asked_for_whose_card_loads_from_the_hub(
+    trained, agreeing, online, monkeypatch
+):
     """The one test in which the network is mocked."""
     import huggingface_hub
 
     calls = []
-    monkeypatch.setattr(huggingface_hub.constants, "is_offline_mode", lambda: False)
-    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_secret")
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda self, repo, exist_ok: calls.append(repo))
     monkeypatch.setattr(
         huggingface_hub.HfApi, "create_commit", lambda self, repo, operations, commit_message: calls.append(operations)
     )
+    export_run(trained, ["kohya"])
+    (trained / "export" / "mine.txt").write_text("not for the hub")
     done = CliRunner().invoke(
         app, ["export", str(trained), "--format", "diffusers", "--format", "lora", "--push-to-hub", "me/tiny"]
     )
     assert done.exit_code == 0, done.output
-    assert done.output.index("Licences: base tiny-sd") < done.output.index("Uploaded to https://huggingface.co/me/tiny")
+    uploaded = "Uploaded diffusers, lora to https://huggingface.co/me/tiny"
+    assert done.output.index("Licences: base tiny-sd") < done.output.index(uploaded)
     assert "hf_secret" not in done.output
     repo, operations = calls
-    places = {operation.path_in_repo for operation in operations}
-    assert repo == "me/tiny"
-    assert {"model_index.json", "README.md", "lora/pytorch_lora_weights.safetensors"} < places
-    assert "checks.json" not in places and len(places) == len(operations)
-    card = (trained / "export" / "README.md").read_text()
-    assert 'from_pretrained("me/tiny")' in card
+    found = {operation.path_in_repo: operation for operation in operations}
+    assert repo == "me/tiny" and len(found) == len(operations)
+    assert {"model_index.json", "README.md", "lora/pytorch_lora_weights.safetensors"} < set(found)
+    assert not {"checks.json", "weights.json", "mine.txt", "kohya/tiny.safetensors"} & set(found)
+    card = found["README.md"].path_or_fileobj.decode()
+    assert 'from_pretrained("me/tiny")' in card and "kohya" not in card
     assert 'load_lora_weights("me/tiny", weight_name="lora/pytorch_lora_weights.safetensors")' in card
+    assert "me/tiny" not in (trained / "export" / "README.md").read_text()
+
+
+def test_a_hub_that_cannot_be_reached_is_an_error_of_the_users(trained, agreeing, online, monkeypatch):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    done = CliRunner().invoke(app, ["export", str(trained), "--format", "lora", "--push-to-hub", "me/tiny"])
+    assert done.exit_code == 2, done.output
+    assert "the hub could not be reached or refused (ConnectError" in done.output.replace("\n", " ")
+
+
+def test_a_form_stays_beside_those_that_come_later(trained, agreeing):
+    shutil.rmtree(trained / "export", ignore_errors=True)
+    export_run(trained, ["kohya"])
+    (trained / "export" / "mine.txt").write_text("mine")
+    before = (trained / "export" / "kohya" / "tiny.safetensors").stat().st_mtime_ns
+    said = []
+    target = export_run(trained, ["lora"], tell=said.append)
+    assert (target / "kohya" / "tiny.safetensors").stat().st_mtime_ns == before
+    assert (target / "mine.txt").read_text() == "mine" and not (target / "pipeline").exists()
+    assert set(json.loads((target / "checks.json").read_text())) == {"kohya", "lora"}
+    assert len(blocks((target / "README.md").read_text())) == 2
+    assert said[-1].endswith("export: kohya, lora; stock diffusers reloads each to the student's pictures.")
+    shutil.rmtree(target / "kohya")
+    assert set(json.loads((export_run(trained, ["lora"]) / "checks.json").read_text())) == {"lora"}
+
+
+@pytest.mark.parametrize("state", ["of other weights", "never checked"])
+def test_a_form_of_other_weights_is_named_and_made_again(trained, agreeing, state):
+    shutil.rmtree(trained / "export", ignore_errors=True)
+    target = export_run(trained, ["kohya"])
+    file = target / "kohya" / "tiny.safetensors"
+    right = file.read_bytes()
+    file.write_bytes(b"former weights")
+    for name in ("weights.json",) if state == "of other weights" else ("weights.json", "checks.json"):
+        (target / name).write_text('{"kohya": "0"}' if state == "of other weights" else "{}")
+    said = []
+    export_run(trained, ["lora"], tell=said.append)
+    assert any("export/kohya: was not made of the weights of checkpoint-" in line for line in said)
+    assert file.read_bytes() == right
+    assert set(json.loads((target / "weights.json").read_text())) == {"kohya", "lora"}
 
 
 def test_the_same_command_after_the_end_says_so_and_makes_nothing_again(tmp_path, tiny_recipe):

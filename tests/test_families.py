@@ -1,6 +1,7 @@
 """One contract for every pipeline family; `scripts/families_table.py` makes README's table of its results."""
 
 import importlib.util
+import json
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,11 +13,14 @@ from families import FAMILIES, REFUSED, build
 from family_cast import PROMPTS, STUDENT, TEACHER, cast_of, cast_with, seeded, walked
 
 from diffopd.adapters import Average, add_adapter, autocast_forward
+from diffopd.blueprint import build_on_meta
 from diffopd.checkpoint import save_deployable
 from diffopd.drive import Call, Walk, decode, denoiser_of
 from diffopd.errors import UserError
 from diffopd.load import LORA_FILE, fuse_adapter, load_lora, load_pipeline
 from diffopd.parts import CHECKPOINTS_WRONGLY, denoisers_of
+from diffopd.preflight import lora_size
+from diffopd.recipe import read_recipe
 from diffopd.schedulers import FAMILIES as SCHEDULER_FAMILIES
 from diffopd.schedulers import family_of
 
@@ -65,6 +69,19 @@ def test_the_driven_call_is_the_plain_call_and_ends_at_the_denoised_and_decode_g
     torch.testing.assert_close(denoised, state, rtol=1e-4, atol=1e-4)  # no noise is left: model_output is read rightly
     assert np.array_equal(walked(told("np"))[0], plain["np"])
     assert np.array_equal(arrays(decode(cast.call(form), state)), arrays(plain[None]))
+
+
+@every_family
+def test_a_plan_counts_the_lora_that_a_family_gets_or_says_that_it_takes_none(name, tiny_recipe):
+    targets, denoiser = FAMILIES[name].targets, denoiser_of(build(name))
+    recipe = read_recipe(tiny_recipe, [f"student.target_modules={json.dumps(targets)}"] if targets else [])
+    meta = build_on_meta({**denoiser.config, "_class_name": type(denoiser).__name__})
+    if not targets:
+        with pytest.raises(UserError, match="takes no adapters in diffusers"):
+            lora_size(recipe, meta)
+        return
+    real = add_adapter(denoiser, STUDENT, rank=recipe.student.rank, lora_alpha=1, target_modules=targets)
+    assert lora_size(recipe, meta) == sum(parameter.numel() for parameter in real.values())
 
 
 @every_family

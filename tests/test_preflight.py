@@ -1,8 +1,10 @@
+import importlib.util
 import json
 import shutil
 import sys
 
 import pytest
+import rehearsed
 import tiny
 
 from diffopd.errors import UserError
@@ -297,3 +299,41 @@ def test_all_sides_draw_at_one_size(recipe_file):
     text = refusal(recipe_file, size)
     assert "teacher 'dots' is called with height = the default, the student with 32" in text
     check(read_recipe(recipe_file, [size, *(f"teachers.{name}.call={{height=32}}" for name in ("dots", "lines"))]))
+
+
+def test_an_attention_backend_that_the_run_would_refuse_is_refused_by_the_plan(recipe_file):
+    text = refusal(recipe_file, "train.attention_backend=native")
+    assert "--set train.attention_backend=native: " in text and "has no effect on UNet2DConditionModel" in text
+
+
+def test_a_quantization_that_diffusers_would_refuse_is_refused_by_the_plan(recipe_file):
+    text = refusal(recipe_file, 'student.quantization={quant_backend="seven_bit", quant_kwargs={bits=7}}')
+    assert "student.quantization" in text and "quant_backend=seven_bit was not found" in text
+
+
+def test_a_scheduler_whose_package_is_absent_names_it(recipe_file, monkeypatch):
+    from diffusers.schedulers import scheduling_euler_discrete as euler
+
+    monkeypatch.setattr(euler, "is_scipy_available", lambda: False)
+    text = refusal(recipe_file, 'student.scheduler={class="EulerDiscreteScheduler", use_beta_sigmas=true}')
+    assert "EulerDiscreteScheduler needs a package that is not installed: Make sure to install scipy" in text
+    assert "could not be driven" not in text
+
+
+@pytest.mark.skipif(importlib.util.find_spec("scipy") is not None, reason="says what happens without scipy")
+def test_an_absent_package_is_not_recommended_for_a_scheduler_that_cannot_be_driven_anyway(recipe_file):
+    text = refusal(recipe_file, 'student.scheduler={class="LMSDiscreteScheduler", use_karras_sigmas=true}')
+    assert "LMSDiscreteScheduler requires the scipy library" in text
+    assert "could not be driven even then; known are DDIMScheduler" in text
+
+
+def test_a_family_without_adapters_is_told_so_before_weights_are_loaded(tmp_path):
+    rehearsed.pipeline("pixart").save_pretrained(tmp_path / "pixart")
+    itself = tiny.write_teacher(tmp_path / "itself", tmp_path / "pixart", form="base")
+    path = tiny.write_recipe(tmp_path / "pixart.toml", tmp_path / "pixart", [itself])
+    text = refusal(path)
+    assert "takes no adapters in diffusers" in text and "pixart.toml:" in text
+    card = itself / "teacher.toml"
+    card.write_text(card.read_text().replace('form = "base"', 'form = "lora"\nweights = "owner/adapter"'))
+    text = refusal(path, "student.train=full")
+    assert "takes no adapters in diffusers" in text and "teacher.toml:" in text
