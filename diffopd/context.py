@@ -92,6 +92,16 @@ class TextOnly:
 
 
 @dataclass(frozen=True)
+class Noised(TextOnly):
+    """The prompts of rows whose pictures are noised, one row a call: each picture has a level of its own."""
+
+    rows_per_call: int | None = 1
+
+    def covers(self, row: PromptRow) -> bool:
+        return covers("reference_image", row)
+
+
+@dataclass(frozen=True)
 class EnhancedPrompt:
     """A richer caption in the prompt's place (the row's "enhanced_prompt")."""
 
