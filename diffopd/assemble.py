@@ -23,7 +23,7 @@ from diffopd.adapters import (
 )
 from diffopd.attention import use_attention_backend
 from diffopd.blueprint import read_blueprint
-from diffopd.context import Context, TextOnly, in_context
+from diffopd.context import Context, Noised, TextOnly, in_context
 from diffopd.data import PromptRow, read_prompts
 from diffopd.drive import Call, denoiser_name, denoiser_of, shell
 from diffopd.embeddings import PromptEmbeddings, cache_folder
@@ -79,6 +79,11 @@ class Teacher:
     context: Context = TextOnly()
 
     @property
+    def is_given(self) -> bool:
+        """Whether pictures teach; `call` is then how the student is asked at their noise levels."""
+        return self.card.form == "pictures"
+
+    @property
     def watched_rows(self) -> list[PromptRow]:
         """Rows for looks without training: held-out ones, or training ones where those lack what the context shows."""
         return self.test_rows if all(map(self.context.covers, self.test_rows)) else self.train_rows
@@ -117,6 +122,8 @@ def assemble(recipe: Recipe, device: str, processes: Processes = ALONE) -> tuple
     ]
     switch = AdapterSwitch(trunk)  # after every adapter exists: it lists the layers once
     for index, (settings, teacher) in enumerate(zip(recipe.teachers, teachers, strict=True)):
+        if teacher.is_given:
+            continue
         adapter = None if teacher.name in own else _adapter(teacher.card, is_lora)
         binding = own[teacher.name].present if teacher.name in own else partial(switch.bound, adapter)
         teacher.call = Call(teacher.call.pipeline, teacher.call.arguments, binding)
@@ -272,6 +279,8 @@ def _teacher(
     student_pipeline: Any,
     parameters: dict[str, nn.Parameter],
 ) -> Teacher:
+    if card.form == "pictures":
+        return _pictures(recipe, settings, card, student_pipeline)
     pipeline, follow = shell(base) if own is None else with_denoiser(base, own.module), None
     if card.form == "ema":
         pipeline, follow = self_teacher(recipe, settings, base, student_pipeline, parameters)
@@ -279,6 +288,15 @@ def _teacher(
     arguments = {"guidance_scale": guidance, "output_type": "latent", **settings.call}
     train, test = (read_prompts(path) for path in (card.prompts.train, card.prompts.test))
     return Teacher(card.name, card, Call(pipeline, arguments), train, test, settings.weight, follow)
+
+
+def _pictures(recipe: Recipe, settings: TeacherSettings, card: TeacherCard, student_pipeline: Any) -> Teacher:
+    """The student's own call at the noise levels of pictures."""
+    levels = settings.num_inference_steps or card.num_inference_steps
+    guidance = settings.guidance_scale if settings.guidance_scale is not None else card.guidance_scale
+    call = Call(shell(student_pipeline), student_arguments(recipe)).regridded(levels).told(guidance_scale=guidance)
+    train, test = (read_prompts(path) for path in (card.prompts.train, card.prompts.test))
+    return Teacher(card.name, card, call, train, test, settings.weight, context=Noised())
 
 
 def self_teacher(

@@ -20,7 +20,7 @@ from diffopd.settings import Settings
 if TYPE_CHECKING:
     from diffopd.drive import Call
 
-Kind = Literal["reference_image", "ip_adapter", "enhanced_prompt"]
+Kind = Literal["reference_image", "ip_adapter", "image_prompt", "enhanced_prompt"]
 KEEP_THE_SUBJECT = "Keep the subject, the background and the composition of the reference image."
 # Pipeline class -> how it sees a picture in its own call.
 SEES: dict[str, Kind] = {
@@ -29,18 +29,25 @@ SEES: dict[str, Kind] = {
     "StableDiffusionPipeline": "ip_adapter",
     "StableDiffusionXLPipeline": "ip_adapter",
     "LatentConsistencyModelPipeline": "ip_adapter",
+    "ZImagePipeline": "image_prompt",
 }
+# Of these kinds, the key that names the network with which the picture is seen.
+NETWORK: dict[Kind, str] = {"ip_adapter": "ip_adapter", "image_prompt": "vision_language"}
 NEEDS_A_PICTURE = ("QwenImageEditPipeline", "QwenImageEditPlusPipeline", "FluxKontextPipeline")
 
 
 class ContextSettings(Settings):
-    """The [context] of a teacher. ip_adapter: a .safetensors file, or a folder or hub folder that holds one."""
+    """The [context] of a teacher. ip_adapter: a .safetensors file, or a folder or hub folder that holds one.
+
+    vision_language: the Qwen3-VL (a folder or hub id) that reads pictures with the pipeline's own language weights.
+    """
 
     kind: Kind
     instruction: str | None = None
     ip_adapter: str | None = None
     image_encoder: str | None = None
     scale: float = Field(default=1.0, gt=0, le=2)
+    vision_language: str | None = None
 
     @model_validator(mode="after")
     def _complete(self) -> ContextSettings:
@@ -54,6 +61,13 @@ class ContextSettings(Settings):
                 '"h94/IP-Adapter/models/ip-adapter_sd15.safetensors", image_encoder = '
                 '"h94/IP-Adapter/models/image_encoder"; for SDXL: "h94/IP-Adapter/sdxl_models/'
                 'ip-adapter_sdxl_vit-h.safetensors" with the same image encoder.'
+            )
+        if self.kind != "image_prompt" and self.vision_language is not None:
+            raise ValueError('vision_language belongs to kind = "image_prompt". Remove it or change the kind.')
+        if self.kind == "image_prompt" and not self.vision_language:
+            raise ValueError(
+                'kind = "image_prompt" needs vision_language = "a Qwen3-VL", a folder or hub id, as large as the text '
+                'encoder. For Z-Image: "Qwen/Qwen3-VL-4B-Instruct".'
             )
         if self.kind != "reference_image" and self.instruction is not None:
             raise ValueError('instruction belongs to kind = "reference_image". Remove it or change the kind.')
@@ -89,6 +103,16 @@ class TextOnly:
 
     def covers(self, row: PromptRow) -> bool:
         return True
+
+
+@dataclass(frozen=True)
+class Noised(TextOnly):
+    """The prompts of rows whose pictures are noised, one row a call: each picture has a level of its own."""
+
+    rows_per_call: int | None = 1
+
+    def covers(self, row: PromptRow) -> bool:
+        return covers("reference_image", row)
 
 
 @dataclass(frozen=True)
@@ -136,12 +160,16 @@ def covers(kind: Kind, row: PromptRow) -> bool:
 def in_context(call: Call, settings: ContextSettings, adapter: str | None, place: str) -> tuple[Call, Context]:
     """A teacher's call and what it is told of each row. adapter: the LoRA that answers on its side, None for none.
 
-    Raises UserError for an IP-Adapter that is missing or does not fit.
+    Raises UserError for an IP-Adapter or a vision-language model that is missing or does not fit.
     """
     if settings.kind == "enhanced_prompt":
         return call, EnhancedPrompt()
     if settings.kind == "reference_image":
         return call, ReferenceImage(KEEP_THE_SUBJECT if settings.instruction is None else settings.instruction)
+    if settings.kind == "image_prompt":
+        from diffopd.image_prompt import with_image_prompt
+
+        return with_image_prompt(call, settings, place)
     from diffopd.image_tokens import with_image_tokens
 
     return with_image_tokens(call, settings, adapter, place)

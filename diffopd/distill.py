@@ -22,12 +22,12 @@ from diffopd.attention import proof_of_use
 from diffopd.batches import MicroBatch, Size, micro_batches
 from diffopd.checkpoint import Progress, Trained, averaged, load_checkpoint
 from diffopd.data import PromptRow
-from diffopd.data_states import encode_pictures, next_place, noised
+from diffopd.data_states import as_states, encode_pictures, next_place, noised
 from diffopd.drive import Call, Survey, denoiser_of, survey
 from diffopd.errors import UserError
 from diffopd.log import TrainingLog
 from diffopd.loop import INTERRUPTED, new_trained, refuse_non_finite_norm, run_updates
-from diffopd.objective import get_objective
+from diffopd.objective import OBJECTIVES, get_objective
 from diffopd.processes import Processes, default_device, join_processes
 from diffopd.query import supervised_states
 from diffopd.recipe import Recipe
@@ -52,17 +52,25 @@ class Run:
     walk: Survey
     processes: Processes
     device: str
-    walks: dict[Size, Survey] = field(default_factory=dict)
+    walks: dict[tuple[Size | None, str | None], Survey] = field(default_factory=dict)
     looks: Looks | None = None
 
-    def walk_at(self, size: Size | None) -> Survey:
-        """The student's walk over pictures of (width, height); None is the pipeline's own size."""
-        if size is None:
+    def walk_at(self, size: Size | None, teacher: Teacher | None = None) -> Survey:
+        """The student's walk over pictures of (width, height), as deployed or as a teacher has it (`side`).
+
+        size None is the pipeline's own.
+        """
+        key = size, teacher.name if teacher and teacher.is_given else None
+        if key == (None, None):
             return self.walk
-        if size not in self.walks:
-            call = self.student.call.told(**told_size(size))
-            self.walks[size] = survey(call.prompted([self.teachers[0].train_rows[0].prompt]))
-        return self.walks[size]
+        if key not in self.walks:
+            call = (self.side(teacher) if teacher else self.student.call).told(**told_size(size))
+            self.walks[key] = survey(call.prompted([self.teachers[0].train_rows[0].prompt]))
+        return self.walks[key]
+
+    def side(self, teacher: Teacher) -> Call:
+        """The student's call while this teacher teaches: as deployed, but at noised pictures."""
+        return teacher.call if teacher.is_given else self.student.call
 
     @property
     def rows_per_task(self) -> int:
@@ -149,7 +157,7 @@ def one_update(run: Run, trained: Trained, watch: Watch) -> UpdateLosses:
                 (loss.sum() * scale).backward()
 
             losses = walk_rows(run, teacher, rows, numbers, update=update, slot=slot, backward=backward, watch=watch)
-            record.add(teacher.name, losses, len(rows))
+            record.add(teacher.name, _pooled(losses) if teacher.is_given else losses, len(rows))
     with watch("optimizer"):
         run.processes.sum_gradients(trained.parameters.values())
         norm = torch.nn.utils.clip_grad_norm_(trained.parameters.values(), train.max_grad_norm)
@@ -161,6 +169,12 @@ def one_update(run: Run, trained: Trained, watch: Watch) -> UpdateLosses:
     record.grad_norm = float(norm)
     trained.progress.images += run.rows_per_task * len(tasks)
     return record.reduced(run.processes)
+
+
+def _pooled(losses: list[StateLoss]) -> list[StateLoss]:
+    """Losses of rows with noise levels of their own as one of state 0: what is logged has the same states always."""
+    mean = torch.stack([state.loss for state in losses]).mean(0)
+    return [StateLoss(0, losses[0].sigma, mean)]
 
 
 class UpdateLosses:
@@ -247,8 +261,8 @@ def walk_rows(
     **options: object,
 ) -> list[StateLoss]:
     """One micro-batch (rows of one size) under a teacher: `supervise`, with noise that is a function of integers."""
-    recipe, size = run.recipe, rows[0].bucket
-    walk, told = run.walk_at(size), told_size(size)
+    recipe, size, watch = run.recipe, rows[0].bucket, watch or Watch()
+    walk, told = run.walk_at(size, teacher), told_size(size)
     samples = [slot * run.rows_per_task + number for number in numbers]
 
     def drawn(solver_step: int, shape: tuple[int, ...] = walk.shape) -> Tensor:
@@ -256,16 +270,21 @@ def walk_rows(
         return noise.draw(shape, **keys).to(run.device)
 
     latents, options = drawn(INITIAL, walk.latents_shape), dict(options)
-    prompts, context = [row.prompt for row in rows], teacher.context
-    if recipe.objective.states == "data":
-        pictures = encode_pictures(run.student.pipeline, rows)
-        latents = noised(pictures, latents, walk.place)
+    prompts, context, keys = [row.prompt for row in rows], teacher.context, numbers if teacher.is_given else ()
+    pictures = None
+    if teacher.is_given or recipe.objective.states == "data":
+        with watch("pictures"):
+            encoded = encode_pictures(run.student.pipeline, rows)
+        latents = noised(encoded, latents, walk.place)
+        pictures = as_states(run.student.pipeline, encoded)
         options["data_states"] = lambda visit: noised(pictures, drawn(visit.index + 1), next_place(visit))
+    told |= {"latents": latents}
+    held = teacher.call.prompted(context.prompts(rows), **told, **context.arguments(rows))
     try:
         return supervise(
-            run.student.call.prompted(prompts, latents=latents, **told),
-            teacher.call.prompted(context.prompts(rows), latents=latents, **told, **context.arguments(rows)),
-            manner=manner_of(recipe, walk.num_visits, update, slot),
+            run.side(teacher).prompted(prompts, **told),
+            pictures if teacher.is_given else held,
+            manner=manner_of(recipe, walk.num_visits, update, slot, *keys),
             noise=lambda index: drawn(index + 1),
             backward=backward,
             watch=watch,
@@ -294,18 +313,22 @@ def told_size(size: Size | None) -> dict[str, int]:
     return {"width": size[0], "height": size[1]} if size else {}
 
 
-def manner_of(recipe: Recipe, num_visits: int, update: int, slot: int) -> Manner:
-    """How this micro-batch walks and is compared; queries are drawn once per micro-batch from (seed, update, slot)."""
+def manner_of(recipe: Recipe, num_visits: int, update: int, slot: int, *rows: int) -> Manner:
+    """How this micro-batch walks and is compared; queries are drawn once per micro-batch from (seed, update, slot).
+
+    rows: further integers to draw from, where each row of a batch has states of its own.
+    """
     objective = recipe.objective
     return Manner(
         objective=get_objective(objective.name, objective.final_step, recipe.student.solver),
-        indices=supervised_states(objective.query, num_visits, seed=(recipe.seed, update, slot)),
+        indices=supervised_states(objective.query, num_visits, seed=(recipe.seed, update, slot, *rows)),
         solver=recipe.student.solver,
         noise_level=recipe.student.noise_level,
         substeps=objective.substeps,
         substep_solver=objective.substep_solver,
         step_weights=objective.step_weights,
         two_pass=recipe.train.mode == "two_pass",
+        needs_branches=OBJECTIVES[objective.name].needs_branches,
     )
 
 

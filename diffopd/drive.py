@@ -20,6 +20,7 @@ import torch
 from greenlet import GreenletExit, greenlet
 from torch import Tensor, nn
 
+from diffopd.branches import first_tensor, split
 from diffopd.parts import (
     checked_for_gradient,
     denoiser_name,
@@ -75,9 +76,21 @@ class Call:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     binding: Binding = nullcontext
 
+    @property
+    def guidance(self) -> float:
+        """The factor of guidance by two answers."""
+        return float(self.arguments.get("true_cfg_scale", self.arguments["guidance_scale"]))
+
     def told(self, **arguments: Any) -> Call:
         """The same call with further or other keyword arguments."""
         return Call(self.pipeline, {**self.arguments, **arguments}, self.binding)
+
+    def regridded(self, num_inference_steps: int) -> Call:
+        """The same call on its scheduler's own grid of so many steps, whatever levels it names."""
+        kept = {key: value for key, value in self.arguments.items() if key not in ("timesteps", "sigmas")}
+        if "intermediate_timesteps" in inspect.signature(type(self.pipeline).__call__).parameters:
+            kept["intermediate_timesteps"] = None  # Sana-Sprint's default is for two steps
+        return Call(self.pipeline, {**kept, "num_inference_steps": num_inference_steps}, self.binding)
 
     def prompted(self, prompts: Sequence[str], **arguments: Any) -> Call:
         """The same call for a batch of B prompts: a negative prompt that is one string is repeated B times.
@@ -98,8 +111,15 @@ class Visit:
     index counts the pauses of this walk; for schedulers with several calls a step it exceeds the step count.
     """
 
-    def __init__(self, scheduler: Scheduler, step: Callable[..., Any], index: int, arguments: dict[str, Any]) -> None:
-        self._scheduler, self._step = scheduler, step
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        step: Callable[..., Any],
+        index: int,
+        arguments: dict[str, Any],
+        answers: Sequence[Any] = (),
+    ) -> None:
+        self._scheduler, self._step, self._answers = scheduler, step, answers
         self.index = index
         self.arguments = arguments
         self.model_output: Tensor = arguments["model_output"]
@@ -110,6 +130,15 @@ class Visit:
     def prediction(self) -> Prediction:
         """The canonical prediction, with the gradient of `model_output` if it has one."""
         return to_prediction(self._scheduler, self.place, self.model_output, self.sample)
+
+    def branches(self, guidance_scale: float) -> tuple[Prediction, Prediction]:
+        """The predictions with the prompt and with the negative one, whose guided sum `prediction` is.
+
+        For a walk that keeps its network's answers. Raises ValueError where the call was not guided by two of them.
+        """
+        positive, negative = split(self._answers, self.model_output, guidance_scale)
+        made = (to_prediction(self._scheduler, self.place, answer, self.sample) for answer in (positive, negative))
+        return next(made), next(made)
 
     @property
     def step(self) -> Step:
@@ -158,15 +187,17 @@ class Walk:
 
     `advance(reply, grad=...)` answers the pending `step` call and runs on to the next pause, returning its `Visit`,
     or None when the call has returned (then `result` holds what it returned). `evaluations` counts the rows its
-    denoisers have really computed (guidance by concatenation doubles them).
+    denoisers have really computed (guidance by concatenation doubles them). keeps_answers: each visit also holds what
+    they answered, for `Visit.branches`.
 
     Raises ValueError for a scheduler that cannot be driven, and RuntimeError for a pipeline that never called its
     scheduler's `step` (it copies its scheduler) or computes under its own `no_grad`.
     """
 
-    def __init__(self, call: Call) -> None:
+    def __init__(self, call: Call, *, keeps_answers: bool = False) -> None:
         family_of(call.pipeline.scheduler)
-        self._call = call
+        self._call, self._keeps_answers = call, keeps_answers
+        self._answers: list[Any] = []
         self._scheduler = call.pipeline.scheduler
         self._original = self._scheduler.step
         self._visits = 0
@@ -210,12 +241,13 @@ class Walk:
             for module in denoisers_of(self._call.pipeline):
                 checked_for_gradient(module)
         aside = idle_denoiser(self._call.pipeline) if idle else self._entered()
+        self._answers = []
         with torch.set_grad_enabled(grad), self._call.binding(), narrowed_decode(self._call.pipeline), aside:
             arguments = self._greenlet.switch() if first else self._greenlet.switch(reply)
         if self._greenlet.dead:
             return self._finished()
         self._visits += 1
-        visit = Visit(self._scheduler, self._original, self._visits - 1, arguments)
+        visit = Visit(self._scheduler, self._original, self._visits - 1, arguments, self._answers)
         if grad and not visit.model_output.requires_grad:
             raise RuntimeError(self._without_gradient())
         return visit
@@ -242,11 +274,16 @@ class Walk:
 
         held = denoisers_of(self._call.pipeline)
         handles = [module.register_forward_pre_hook(enter, with_kwargs=True) for module in held]
+        if self._keeps_answers:
+            handles += [module.register_forward_hook(self._keep) for module in held]
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
+
+    def _keep(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._answers.append(first_tensor(output))
 
     def _finished(self) -> None:
         if self._visits == 0:
@@ -298,10 +335,9 @@ def decode(call: Call, latents: Tensor) -> Any:
     Every step of a one-step call is answered with `latents`, and its network is not evaluated. For a video pipeline
     the images are its frames.
     """
-    kept = {k: v for k, v in call.arguments.items() if k not in ("timesteps", "sigmas", "output_type")}
-    kept |= {"num_inference_steps": 1, "generator": torch.Generator(call.pipeline.device)}
-    if "intermediate_timesteps" in inspect.signature(type(call.pipeline).__call__).parameters:
-        kept["intermediate_timesteps"] = None  # Sana-Sprint's default is for two steps
+    single = call.regridded(1)
+    kept = {key: value for key, value in single.arguments.items() if key != "output_type"}
+    kept["generator"] = torch.Generator(call.pipeline.device)
     with Walk(Call(call.pipeline, kept, call.binding)) as walk:
         visit = walk.advance(idle=True)
         while visit is not None:

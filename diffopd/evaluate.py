@@ -124,7 +124,7 @@ def reference_contenders(recipe: Recipe, cards: list[TeacherCard]) -> list[Conte
     ]
     found += _average(recipe, cards, base, switch, steps)
     for settings, card in zip(recipe.teachers, cards, strict=True):
-        if card.form in ("base", "ema"):  # the base is there already; an average of the student is not a reference
+        if card.form in ("base", "ema", "pictures"):  # the base is there already; the student's average is no reference
             continue
         scale = settings.guidance_scale if settings.guidance_scale is not None else card.guidance_scale
         has_own = card.name in own

@@ -64,7 +64,7 @@ def model_card(exported: Exported) -> str:
     body = [
         f"# {recipe.name}",
         "",
-        f"A {steps}-step student of {len(cards)} teacher{'s' * (len(cards) > 1)}, distilled on its own trajectory with "
+        f"A {steps}-step student of {len(cards)} teacher{'s' * (len(cards) > 1)}, {_how(recipe)} with "
         f"diffopd {__version__}. It is made for {steps} steps at guidance_scale {student.guidance_scale:g}"
         f"{_default_guidance(exported)}.",
         "",
@@ -163,6 +163,10 @@ def base_name(recipe: Recipe) -> str:
     """The base as a card names it: its hub id, or its folder's name."""
     name = recipe.student.pretrained_model_name_or_path
     return name.partition("@")[0] if has_hub_base(recipe) else Path(name).name
+
+
+def _how(recipe: Recipe) -> str:
+    return "trained on noised pictures" if recipe.objective.states == "data" else "distilled on its own trajectory"
 
 
 def licenses(recipe: Recipe, cards: list[TeacherCard]) -> list[tuple[str, str]]:

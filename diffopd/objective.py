@@ -66,6 +66,21 @@ def noise(student: Proposal, teacher: Proposal, step: Step) -> Tensor:
     return _square(student.prediction.noise - teacher.prediction.noise)
 
 
+def positive_direction(student: Proposal, teacher: Proposal, step: Step) -> Tensor:
+    """|v+_S - v+_T|^2 + |d_S - d_T|^2 with d = v+ - v-: positive-direction matching, arXiv:2607.24731.
+
+    v+ answers the prompt, v- the negative one; guidance adds w d to v-. Where the teacher's negative branch sees the
+    picture as well, the guided sum hides what the picture says: it cancels in d. So each is matched on its own, and w
+    has no part in it. Raises ValueError where a side was not guided.
+    """
+    if student.branches is None or teacher.branches is None:
+        raise ValueError('objective "positive_direction" compares two answers of each side; a side has one only.')
+    (positive, negative), (taught, taught_negative) = student.branches, teacher.branches
+    direction = positive.velocity - negative.velocity
+    taught_direction = taught.velocity - taught_negative.velocity
+    return _square(positive.velocity - taught.velocity) + _square(direction - taught_direction)
+
+
 def is_pure_noise(path: Path, sigma: float) -> bool:
     """Whether alpha^2, the weight of a noise loss, is 0 up to what float32 resolves."""
     return float(path.alpha(sigma)) ** 2 < 1e-7
@@ -77,11 +92,15 @@ def _square(difference: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Objective:
-    """One row. needs_std: it divides by the step's std, so `final_step` must say what a step without noise does."""
+    """One row. needs_std: it divides by the step's std, so `final_step` must say what a step without noise does.
+
+    needs_branches: it compares the two answers that a guided prediction is made of.
+    """
 
     name: str
     function: Callable[..., Tensor]
     needs_std: bool = False
+    needs_branches: bool = False
 
 
 OBJECTIVES: dict[str, Objective] = {
@@ -93,6 +112,7 @@ OBJECTIVES: dict[str, Objective] = {
         Objective("velocity", velocity),
         Objective("denoised", denoised),
         Objective("noise", noise),
+        Objective("positive_direction", positive_direction, needs_branches=True),
     )
 }
 

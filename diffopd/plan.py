@@ -67,15 +67,18 @@ def make_plan(parts: Parts) -> Plan:
     walked, asked = visited(recipe, visits)
     total = sum(teacher.weight for teacher in recipe.teachers)
     teachers = []
+    rows = forwards(parts, side_arguments(recipe.student, recipe.student.num_inference_steps))
+    student = 0.0
     for settings, card in zip(recipe.teachers, parts.cards, strict=True):
         guidance = card.guidance_scale if settings.guidance_scale is None else settings.guidance_scale
+        is_given = card.form == "pictures"
         calls = forwards(parts, side_arguments(settings, visits * recipe.objective.substeps, guidance))
         prompts = len(parts.train_rows[card.name]), len(parts.test_rows[card.name])
-        cost = asked * recipe.objective.substeps * calls
+        cost = 0.0 if is_given else asked * recipe.objective.substeps * calls
+        student += settings.weight / total * (asked * calls if is_given else walked * rows)
         teachers.append(TeacherPlan(card.name, card.form, guidance, cost, *prompts, settings.weight / total))
     train = recipe.train
     tasks = {"all": len(recipe.teachers), "round_robin": 1}.get(train.tasks_per_update, train.tasks_per_update)
-    rows = forwards(parts, side_arguments(recipe.student, recipe.student.num_inference_steps))
     trained, memory = _sizes(parts)
     return Plan(
         recipe=recipe,
@@ -85,7 +88,7 @@ def make_plan(parts: Parts) -> Plan:
         num_trained=trained,
         num_parameters=base.num_parameters(),
         student_rows=rows,
-        student_evaluations=walked * rows,
+        student_evaluations=student,
         teachers=tuple(teachers),
         pictures_per_update=tasks * train.batch_size * train.gradient_accumulation_steps,
         memory=memory,

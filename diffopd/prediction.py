@@ -97,8 +97,10 @@ class Transition:
 class Proposal:
     """What one side says at a state: its prediction and the transition it would make of it.
 
-    For a teacher that integrates several substeps the prediction is implied by its landing.
+    For a teacher that integrates several substeps the prediction is implied by its landing. branches: the answers
+    with the prompt and with the negative one, for an objective that asks for them.
     """
 
     prediction: Prediction
     transition: Transition
+    branches: tuple[Prediction, Prediction] | None = None

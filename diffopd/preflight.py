@@ -83,6 +83,7 @@ def check(recipe: Recipe, *, hash_weights: bool = False) -> Parts:
     base = _base(recipe, shipped=not hash_weights)
     cards = _cards(recipe)
     train, test = _prompts(recipe, cards)
+    _check_given(recipe, cards, base)
     _check_pictures(recipe, cards, train, test)
     _check_resolutions(recipe)
     for card in cards:
@@ -172,6 +173,32 @@ def _prompts(
     return read["train"], read["test"]
 
 
+def _check_given(recipe: Recipe, cards: tuple[TeacherCard, ...], base: Blueprint) -> None:
+    """Where pictures teach, states are noised ones, and the network's answer is compared: there is no step."""
+    given, objective = next((card for card in cards if card.form == "pictures"), None), recipe.objective
+    if given is None:
+        return
+    from diffopd.data_states import can_encode, cannot_encode
+
+    if not can_encode(base.pipeline_class, base.configs.get("vae", {}).get("_class_name", "")):
+        raise UserError(
+            f"{recipe.place('student', 'pretrained_model_name_or_path')}: {cannot_encode(base.pipeline_class)}"
+        )
+    allowed = ("velocity", "denoised", "noise")
+    wrong = {
+        "states": (objective.states != "data", 'states = "data"'),
+        "name": (objective.name not in allowed, f"one of {', '.join(allowed)}"),
+        "substeps": (objective.substeps > 1, "substeps = 1"),
+        "step_weights": (bool(objective.step_weights), "no step_weights"),
+    }
+    for key, (is_wrong, remedy) in wrong.items():
+        if is_wrong:
+            raise UserError(
+                f"{recipe.place('objective', key)}: objective.{key} = {getattr(objective, key)!r}, but teacher "
+                f'{given.name!r} is of form "pictures": noised pictures are compared with what they are. Give {remedy}.'
+            )
+
+
 def _check_pictures(
     recipe: Recipe, cards: tuple[TeacherCard, ...], train: dict[str, list[PromptRow]], test: dict[str, list[PromptRow]]
 ) -> None:
@@ -180,7 +207,8 @@ def _check_pictures(
         return
     checked = recipe.train.batch_size if recipe.train.validate_every else 0
     for card in cards:
-        for split, rows in (("train", train[card.name]), ("test", test[card.name][:checked])):
+        tested = test[card.name][: 0 if card.form == "pictures" else checked]  # checked on its training pictures
+        for split, rows in (("train", train[card.name]), ("test", tested)):
             path = " and ".join(map(str, card.prompts.files(split)))
             for number, row in enumerate(rows, start=1):
                 name = row.metadata.get("file_name")
@@ -191,7 +219,7 @@ def _check_pictures(
                         'states = "data". Add "file_name" (a path from the prompt file) to every row of a .jsonl '
                         'file, or set objective.states = "student".'
                     )
-                if not Path(name).is_file():
+                if not (row.metadata.get("is_drawn") or Path(name).is_file()):  # some are drawn before the first update
                     raise UserError(f"{path}:{number}: there is no picture {name}.{nearest_sibling(Path(name))}")
 
 

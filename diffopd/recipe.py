@@ -32,7 +32,7 @@ Positive = Annotated[float, Field(gt=0)]
 PositiveOrZero = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
-OBJECTIVE_NAMES = Literal["mean", "kl", "released_sde", "velocity", "denoised", "noise"]
+OBJECTIVE_NAMES = Literal["mean", "kl", "released_sde", "velocity", "denoised", "noise", "positive_direction"]
 SOLVER_NAMES = Literal["native", "euler", "flow_sde", "dance_sde", "ddim", "dpmpp_1", "dpmpp_2m", "lcm"]
 SUBSTEP_SOLVER_NAMES = Literal["auto", "euler", "ddim", "dpmpp_1", "dpmpp_2m"]
 # diffusers' names, but for those that compute no gradients (Sage; Flex, which has some only under torch.compile).
@@ -188,6 +188,11 @@ class ObjectiveSettings(Settings):
 
     @model_validator(mode="after")
     def _something_counts(self) -> ObjectiveSettings:
+        if self.name == "positive_direction" and self.substeps > 1:
+            raise ValueError(
+                f"a landing of {self.substeps} substeps is not made of two answers, which positive_direction compares. "
+                "Set substeps = 1."
+            )
         if self.step_weights and not any(self.step_weights):
             raise ValueError("step_weights are all 0, nothing would be trained. Give at least one above 0.")
         return self
@@ -402,7 +407,7 @@ def _make_paths_absolute(data: dict[str, Any], folder: Path) -> None:
     held = [(student, "pretrained_model_name_or_path"), (student, "init_weights")]
     for teacher in teachers if isinstance(teachers, list) else []:
         context = teacher.get("context") if isinstance(teacher, dict) else None
-        held += [(teacher, "name"), (context, "ip_adapter"), (context, "image_encoder")]
+        held += [(teacher, "name"), (context, "ip_adapter"), (context, "image_encoder"), (context, "vision_language")]
     for table, key in held:
         if isinstance(table, dict) and isinstance(table.get(key), str):
             table[key] = absolute(table[key], folder)

@@ -10,8 +10,8 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ class Manner:
     solver "native" is the pipeline's own scheduler; other names are rows of `SOLVERS`. substeps m > 1: the teacher
     takes m deterministic steps (`substep_solver`) between two student states and its landing is the target.
     indices: the supervised states; the rollout ends at the last of them. step_weights: one factor per state.
+    needs_branches: the objective compares the two answers that guided predictions are made of.
     """
 
     objective: ObjectiveFunction
@@ -43,6 +44,7 @@ class Manner:
     substep_solver: str = "auto"
     step_weights: Collection[float] = ()
     two_pass: bool = False
+    needs_branches: bool = False
 
     def weight(self, index: int) -> float:
         return self.step_weights[index] if self.step_weights else 1.0
@@ -98,8 +100,8 @@ class StudentWalk:
         self._walk, self._manner = walk, manner
         self._history: tuple[Prediction, ...] = ()
 
-    def advance(self, reply: Any, *, grad: bool) -> Visit:
-        visit = self._walk.advance(reply, grad=grad)
+    def advance(self, reply: Any, *, grad: bool, idle: bool = False) -> Visit:
+        visit = self._walk.advance(reply, grad=grad, idle=idle)
         if visit is None:
             raise RuntimeError("The student's pipeline ended before its last supervised state.")
         return visit
@@ -185,6 +187,27 @@ class HeldTeacher:
             name = "euler" if path.name == "flow" else "ddim"
         return get_solver(name, path, 0.0)
 
+    @property
+    def evaluations(self) -> int:
+        """Rows that the teacher's networks have computed."""
+        return self._walk.evaluations
+
+
+class GivenPictures:
+    """Pictures (B, ...) in a teacher's place: at their noised states the answer is known, and no network is asked."""
+
+    evaluations = 0
+
+    def __init__(self, denoised: Tensor) -> None:
+        self._denoised = denoised
+
+    def predict(self, visit: Visit, state: Step) -> Prediction:
+        """What a network would say that knew the picture; visit: the student's."""
+        return Prediction.from_denoised(state.sample, self._denoised, state.sigma, visit.place.path)
+
+    def arrive(self, visit: None, moved: Tensor | None, *, idle: bool) -> None:
+        """There is no walk."""
+
 
 def _same_level(visit: Visit, state: Step) -> None:
     if abs(visit.place.sigma - state.sigma) > 1e-5:
@@ -197,7 +220,7 @@ def _same_level(visit: Visit, state: Step) -> None:
 
 def supervise(
     student: Call,
-    teacher: Call,
+    teacher: Call | Tensor,
     *,
     manner: Manner,
     noise: Callable[[int], Tensor],
@@ -211,7 +234,8 @@ def supervise(
     student, teacher: calls with the same initial `latents`. noise(i) -> (B, ...): the draw for the step from state
     i. backward(loss): called with the weighted (B,) loss of each supervised state, divided by their number; None
     evaluates without gradients. data_states(visit) -> (B, ...): off-policy, the next canonical state is this
-    instead of the student's own step.
+    instead of the student's own step. teacher may be the pictures (B, ...) of those states themselves; the student is
+    then evaluated at the supervised states only.
 
     Raises ValueError when the grids do not nest or the conversion to the student's convention is undefined, and
     NonFiniteLoss at the first state whose loss is not finite, before its backward.
@@ -222,34 +246,53 @@ def supervise(
         recorded = _record(student, manner, noise, watch, data_states)
     last = max(manner.indices)
     losses: list[StateLoss] = []
-    many = manner.substeps > 1
-    teacher_steps = {"num_inference_steps": student.arguments["num_inference_steps"] * manner.substeps}
-    with Walk(student) as s, Walk(teacher.told(**teacher_steps)) as t:
-        walked, held = StudentWalk(s, manner), HeldTeacher(t, manner)
+    many, is_given = manner.substeps > 1, isinstance(teacher, Tensor)
+    with ExitStack() as stack:
+        s = stack.enter_context(Walk(student, keeps_answers=manner.needs_branches))
+        walked = StudentWalk(s, manner)
+        held = GivenPictures(teacher) if is_given else _held(student, teacher, manner, stack)
         reply, moved, ahead = None, None, None
         for index in range(last + 1):
             asked = index in manner.indices
             with watch("teacher"):
                 ahead = held.arrive(ahead, moved, idle=not asked)
-            with watch("student"):
-                visit = walked.advance(reply, grad=asked and backward is not None)
+            with watch("student" if asked or not is_given else "passing"):
+                visit = walked.advance(reply, grad=asked and backward is not None, idle=is_given and not asked)
             if asked:
                 with watch("teacher"), torch.no_grad():
-                    target = held.landing(ahead, visit.step) if many else held.predict(ahead, visit.step)
+                    stand = visit if is_given else ahead
+                    target = held.landing(stand, visit.step) if many else held.predict(stand, visit.step)
                     ahead = held.pending if many else ahead
-                losses.append(_compare(walked, visit, target, manner, backward, watch, observe))
+                branches = _branches(student, visit, teacher, ahead) if manner.needs_branches else (None, None)
+                losses.append(_compare(walked, visit, target, manner, backward, watch, observe, branches))
             elif many:
                 ahead = held.skip(ahead)
             if index < last:
-                with watch("student"):
+                with watch("passing" if is_given else "student"):
                     if recorded:
                         reply = walked.repeat(visit, recorded[index])
                     else:
                         reply = _next(walked, visit, noise, index, data_states)
                 moved = next_sample(reply)
     watch.evaluations["student"] += s.evaluations
-    watch.evaluations["teacher"] += t.evaluations
+    watch.evaluations["teacher"] += held.evaluations
     return losses
+
+
+def _held(student: Call, teacher: Call, manner: Manner, stack: ExitStack) -> HeldTeacher:
+    steps = student.arguments["num_inference_steps"] * manner.substeps
+    walk = Walk(teacher.told(num_inference_steps=steps), keeps_answers=manner.needs_branches)
+    return HeldTeacher(stack.enter_context(walk), manner)
+
+
+Branches = tuple[Prediction, Prediction] | None
+
+
+def _branches(student: Call, visit: Visit, teacher: Call | Tensor, held: Visit | None) -> tuple[Branches, Branches]:
+    """What each side's guided prediction is made of; pictures have one answer only."""
+    with torch.set_grad_enabled(visit.model_output.requires_grad):
+        said = visit.branches(student.guidance)
+    return said, None if held is None else held.branches(teacher.guidance)
 
 
 def _compare(
@@ -260,13 +303,14 @@ def _compare(
     backward: Callable[[Tensor], None] | None,
     watch: Watch,
     observe: Observer | None,
+    branches: tuple[Branches, Branches] = (None, None),
 ) -> StateLoss:
     """The objective at one state, backed at once: the student's graph is freed before anyone moves on."""
     step = visit.step
     with watch("objective"), torch.set_grad_enabled(backward is not None):
-        said = walked.propose(visit)
+        said = replace(walked.propose(visit), branches=branches[0])
         with torch.no_grad():
-            taught = _teacher_proposal(walked, visit, target, said, step)
+            taught = replace(_teacher_proposal(walked, visit, target, said, step), branches=branches[1])
         loss = manner.objective(said, taught, step)
     if not bool(torch.isfinite(loss).all()):
         raise NonFiniteLoss(visit.index, step.sigma)

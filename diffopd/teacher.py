@@ -42,8 +42,10 @@ class TeacherPrompts(Settings):
 
 
 class TeacherCard(Settings):
-    """form: an adapter, a full denoiser, the base with adapters off, or the student's average.
+    """form: an adapter, a full denoiser, the base with adapters off, the student's average, or pictures.
 
+    "pictures" asks no network: the answer at a noised picture is the picture (fine-tuning, as every base is trained).
+    num_inference_steps is then the number of noise levels, and the student answers at guidance_scale.
     Its task is scored by `reward`, or by `rewards`: a weighted sum, whose terms may have options.
     """
 
@@ -51,7 +53,7 @@ class TeacherCard(Settings):
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
     base: str
-    form: Literal["lora", "full", "base", "ema"]
+    form: Literal["lora", "full", "base", "ema", "pictures"]
     weights: str | None = None
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
     guidance_scale: Annotated[float, Field(ge=0)] = 1.0
@@ -68,7 +70,7 @@ class TeacherCard(Settings):
             raise ValueError(f"name {self.name!r} has a meaning of its own here. Choose another.")
         if self.form in ("lora", "full") and not self.weights:
             raise ValueError(f'form = "{self.form}" needs weights = "a file or folder beside this card, or a hub id".')
-        if self.form in ("base", "ema") and (self.weights or self.sha256):
+        if self.form in ("base", "ema", "pictures") and (self.weights or self.sha256):
             raise ValueError(f'form = "{self.form}" has no weights of its own. Remove weights and sha256.')
         if bool(self.reward) == bool(self.rewards):
             raise ValueError('a task is scored by reward = "..." or by [[rewards]], a sum. Give one of the two.')

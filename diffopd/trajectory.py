@@ -27,6 +27,8 @@ def save_trajectory(run: Run, folder: RunFolder) -> None:
     target.mkdir(parents=True, exist_ok=True)
     entries = []
     for slot, teacher in enumerate(run.teachers):
+        if teacher.is_given:  # no walk to look at
+            continue
         rows = teacher.watched_rows[:PROMPTS_PER_TEACHER]
         for numbers, batch in batches_of(run, teacher, list(enumerate(rows))):
             entries += _save_batch(run, slot, numbers, batch, target)

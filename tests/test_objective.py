@@ -1,6 +1,7 @@
 """Objectives weight the velocity difference as their docstrings say; the KL is the exact one."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,14 +24,17 @@ def sides(path: str, solver: str, noise_level: float = 0.0, sigma: float = 0.8, 
     """Two proposals at one state, the step, and |dv|^2 (B,)."""
     step, walk = Step(drawn(1), sigma, sigma_next, 2), get_solver(solver, PATHS[path], noise_level)
     said, taught = (Prediction(step.sample, drawn(seed), sigma, PATHS[path]) for seed in (2, 3))
-    proposals = [Proposal(prediction, walk(prediction, step, ())) for prediction in (said, taught)]
+    branches = [tuple(Prediction(step.sample, drawn(seed + n), sigma, PATHS[path]) for n in (2, 4)) for seed in (2, 3)]
+    proposals = [
+        Proposal(prediction, walk(prediction, step, ()), pair)
+        for prediction, pair in zip((said, taught), branches, strict=True)
+    ]
     return *proposals, step, square(said.velocity - taught.velocity)
 
 
 def first_row(side: Proposal) -> Proposal:
-    said, transition = side.prediction, side.transition
-    prediction = Prediction(said.sample[:1], said.velocity[:1], said.sigma, said.path)
-    return Proposal(prediction, Transition(transition.mean[:1], transition.std))
+    first = [Prediction(p.sample[:1], p.velocity[:1], p.sigma, p.path) for p in (side.prediction, *side.branches)]
+    return Proposal(first[0], Transition(side.transition.mean[:1], side.transition.std), tuple(first[1:]))
 
 
 def square(difference: torch.Tensor) -> torch.Tensor:
@@ -43,6 +47,19 @@ def test_predictions_are_compared_with_the_weights_of_their_kind(path):
     weights = {"velocity": 1.0, "denoised": step.sigma**2, "noise": float(PATHS[path].alpha(step.sigma)) ** 2}
     for name, weight in weights.items():
         torch.testing.assert_close(get_objective(name)(said, taught, step), weight * dv2)
+
+
+def test_positive_and_direction_are_matched_each_on_its_own():
+    """The guided sum has no part in it; a side of one answer is refused."""
+    said, taught, step, _ = sides("flow", "euler")
+    (positive, negative), (of_teacher, negative_of_teacher) = (
+        [branch.velocity for branch in side.branches] for side in (said, taught)
+    )
+    direction = (positive - negative) - (of_teacher - negative_of_teacher)
+    wanted = square(positive - of_teacher) + square(direction)
+    torch.testing.assert_close(get_objective("positive_direction")(said, taught, step), wanted)
+    with pytest.raises(ValueError, match="one only"):
+        get_objective("positive_direction")(said, replace(taught, branches=None), step)
 
 
 def test_mean_matching_is_half_the_square_of_the_means_and_dt_squared_on_flow():
