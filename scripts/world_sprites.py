@@ -7,7 +7,7 @@ google 16.0.0 and emoji-datasource-twitter 16.0.0 (64-pixel PNG), @lobehub/fluen
 needs `pip install resvg-py`) and @lobehub/fluent-emoji-3d 1.1.0 (256-pixel WebP; the folder is lobehub-
 fluent-emoji-3d-1.1.0). Every drawing is cropped to its visible part and fitted into a 64-pixel square
 cell: one row a manner, one column a thing, in the order of `teachers/world.py`. Fluent 3D goes to an
-atlas of its own, which nothing is trained on.
+atlas of its own, which nothing is trained on, and so do four objects in Noto's manner.
 """
 
 import io
@@ -38,7 +38,13 @@ PACKAGES = {
     "fluent": ("lobehub-fluent-emoji-flat-1.1.0", "assets", "svg"),
     "fluent 3d": ("lobehub-fluent-emoji-3d-1.1.0", "assets", "webp"),
 }
-ATLASES = {"atlas.png": ("noto", "twemoji", "fluent"), "atlas_3d.png": ("fluent 3d",)}
+# Objects that no training shows, for `tune` to learn.
+OBJECTS = {"octopus": "1f419", "robot": "1f916", "cactus": "1f335", "teapot": "1fad6"}
+ATLASES = {
+    "atlas.png": (("noto", "twemoji", "fluent"), CODEPOINTS),
+    "atlas_3d.png": (("fluent 3d",), CODEPOINTS),
+    "atlas_objects.png": (("noto",), OBJECTS),
+}
 
 
 def find_drawing(folder: Path, manner: str, codepoint: str) -> Path:
@@ -77,16 +83,16 @@ def main(
     folder: Annotated[Path, typer.Argument(help="folder of the unpacked packages")],
     output: Annotated[Path, typer.Option(help="where the atlases go")] = Path("teachers/sprites"),
 ) -> None:
-    """Writes atlas.png (noto, twemoji, fluent) and atlas_3d.png (fluent 3d)."""
+    """Writes atlas.png (noto, twemoji, fluent), atlas_3d.png (fluent 3d) and atlas_objects.png (noto)."""
     output.mkdir(parents=True, exist_ok=True)
-    for name, manners in ATLASES.items():
-        atlas = Image.new("RGBA", (CELL * len(CODEPOINTS), CELL * len(manners)))
+    for name, (manners, codepoints) in ATLASES.items():
+        atlas = Image.new("RGBA", (CELL * len(codepoints), CELL * len(manners)))
         for row, manner in enumerate(manners):
-            for column, codepoint in enumerate(CODEPOINTS.values()):
+            for column, codepoint in enumerate(codepoints.values()):
                 drawing = fit(load_drawing(find_drawing(folder, manner, codepoint)), CELL)
                 atlas.paste(drawing, (CELL * column, CELL * row))
         atlas.save(output / name, optimize=True)
-        typer.echo(f"{output / name}: {len(manners)} manners x {len(CODEPOINTS)} things")
+        typer.echo(f"{output / name}: {len(manners)} manners x {len(codepoints)} drawings")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,56 @@
+"""The manner and the objects that no training of the embedded world has seen, and their scorers."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+_spec = importlib.util.spec_from_file_location("unseen", Path(__file__).resolve().parents[1] / "teachers" / "unseen.py")
+unseen = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(unseen)
+world = unseen.world
+NAMES, COLORS, ALPHAS = unseen.drawings()
+
+
+def _picture(name, seed=0):
+    """One drawing on a background, somewhere."""
+    rng = np.random.default_rng([seed, NAMES.index(name)])
+    picture = np.broadcast_to(np.float32(world.BACKGROUNDS[rng.integers(5)]) / 255, (48, 48, 3)).copy()
+    x, y = rng.choice([8, 12, 16], 2)
+    box = picture[y : y + world.THING_BOX, x : x + world.THING_BOX]
+    number = NAMES.index(name)
+    box[:] = box * (1 - ALPHAS[number]) + COLORS[number]
+    return Image.fromarray(np.round(picture * 255).astype(np.uint8))
+
+
+def _scores(scorer, names):
+    rows = [{"thing": thing} for thing, _ in names]
+    return scorer([_picture(name) for name in names], [""] * len(names), rows)
+
+
+def test_every_drawing_is_recognised_and_names_are_different():
+    assert len(set(NAMES)) == len(NAMES) == len(COLORS) == 4 * len(world.THINGS) + len(unseen.OBJECTS)
+    assert [unseen.recognise(_picture(name)) for name in NAMES] == list(NAMES)
+
+
+def test_only_the_unseen_manner_scores_as_new():
+    for manner in (*world.MANNERS, unseen.MANNER):
+        scores = _scores(unseen.new_manner, [name for name in NAMES if name[1] == manner and name[0] in world.THINGS])
+        assert scores.tolist() == [float(manner == unseen.MANNER)] * len(world.THINGS)
+
+
+def test_a_thing_is_the_same_in_any_manner_and_another_one_is_not():
+    assert _scores(unseen.any_manner, NAMES).all()
+    wrong = [{"thing": NAMES[n - 1][0]} for n in range(len(NAMES))]
+    assert not unseen.any_manner([_picture(name) for name in NAMES], [""] * len(NAMES), wrong).any()
+
+
+@pytest.mark.parametrize("scorer", [unseen.new_manner, unseen.any_manner])
+def test_blanks_and_noise_score_zero(scorer):
+    rng = np.random.default_rng(0)
+    images = [Image.new("RGB", (48, 48), color) for color in world.BACKGROUNDS]
+    images += [Image.fromarray(rng.integers(0, 256, (48, 48, 3), dtype=np.uint8)) for _ in range(7)]
+    rows = [{"thing": thing} for thing in world.THINGS]
+    assert not scorer(images, [""] * len(rows), rows).any()
