@@ -1,0 +1,354 @@
+"""The claims, one function each: runs, scores, and the page they make (docs/results/README.md says what is claimed)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import reproduce_gradients as gradients
+import reproduce_texts as texts
+from reproduce_pages import Page, Plot, Table, lines, spread
+from reproduce_runs import Cost, Setup, adapter_within, costs, distill, kept, last_adapter, teach, updates_of
+from reproduce_scores import DEPLOYED, NATIVE, TASKS, Scorer, drawn_by_teachers, mean_of
+
+# What the shipped teachers took to make, on one core (docs/world.md).
+TEACHER_SECONDS = {"composition": 600.0, "text": 420.0, "style": 1620.0}
+CASCADE = ("composition", "text", "style")
+ETA = "student.noise_level=0.7"
+AS_DEPLOYED = ["student.num_inference_steps=4", "student.guidance_scale=1.0"]
+Runs = dict[str, dict[int, list[Path]]]  # method -> seed -> its runs, one after the other
+
+
+def methods(setup: Setup, scorer: Scorer) -> Page | None:
+    """Claim 1: several teachers into one student, against what else makes one model of several rewards."""
+    runs, extra = method_runs(setup, scorer)
+    if setup.listing:
+        return None
+    totals = {
+        name: {s: _total(held) + extra.get((name, s), Cost()) for s, held in by.items()} for name, by in runs.items()
+    }
+    least = min(cost.calls for by in totals.values() for cost in by.values())
+    rows, equal = [], []
+    for name, by_seed in runs.items():
+        scores = [mean_of(scorer.adapter(last_adapter(held[-1]))) for held in by_seed.values()]
+        own = [totals[name][seed] for seed in by_seed]
+        rows.append([name, *_score_cells(scores), *_cost_cells(own), *_with_teachers(name, own)])
+        equal.append(_at_equal_calls(name, by_seed, least, extra, scorer))
+    rows += [
+        [label, *_score_cells([mean_of(scorer.reference(model, at))]), "-", "-", "-", "-", "-"]
+        for label, model, at in _references()
+    ]
+    held_out = f"{setup.held_out} held-out prompts a task, 4 steps without guidance unless said otherwise"
+    head = ["method", *TASKS, "average"]
+    costs_of = ["updates", "seconds", "network calls", "seconds with teachers made in parallel", "one after another"]
+    tables = [
+        Table(f"Equal seconds of training. {held_out}.", [*head, *costs_of], rows),
+        Table(
+            f"At most {least:,} network calls of training, the last checkpoint within.", [*head, "network calls"], equal
+        ),
+    ]
+    return Page("1-methods", "One model from several tasks", texts.METHODS, tables, [], _data(rows))
+
+
+def method_runs(setup: Setup, scorer: Scorer) -> tuple[Runs, dict[tuple[str, int], Cost]]:
+    """method -> seed -> runs, and what a method cost beside its runs."""
+    runs: Runs = {}
+    extra: dict[tuple[str, int], Cost] = {}
+    for seed in setup.seeds:
+
+        def done(name: str, *held: Path, seed: int = seed) -> None:
+            runs.setdefault(name, {})[seed] = list(held)
+
+        done("DiffusionOPD", distill(setup, "opd", seed))
+        done("DiffusionOPD, m = 1", distill(setup, "opd-m1", seed, ["objective.substeps=1"]))
+        done("joint NFT", teach(setup, "joint-nft", seed, "unmade/joint/nft.toml"))
+        done("joint GRPO-Guard", teach(setup, "joint-grpo", seed, "unmade/joint/grpo.toml"))
+        done("cascade NFT", *cascade(setup, seed))
+        count = 2 if setup.quick else 512
+        folder, cost = (Path("SAMPLES"), Cost()) if setup.listing else drawn_by_teachers(scorer, count, seed)
+        done("SFT on teacher samples", teach(setup, "sft", seed, str(folder / "joint" / "supervised.toml")))
+        copies = [f'teachers.{place}.name="{(folder / task).absolute()}"' for place, task in enumerate(TASKS)]
+        off = [*copies, 'objective.states="data"', "train.validate_every=0"]  # held-out rows have no pictures
+        done("off-policy distillation", distill(setup, "off-policy", seed, off))
+        extra["SFT on teacher samples", seed] = extra["off-policy distillation", seed] = cost
+    return runs, extra
+
+
+def cascade(setup: Setup, seed: int) -> list[Path]:
+    """One task after the other by NFT, each from the last one's weights, with a third of the time each."""
+    held: list[Path] = []
+    for task in CASCADE:
+        begin = [f'student.init_weights="{last_adapter(held[-1]).absolute()}"'] if held else []
+        name = f"cascade-{len(held) + 1}-{task}"
+        held.append(teach(setup, name, seed, f"{task}/nft.toml", [*AS_DEPLOYED, *begin], share=1 / len(CASCADE)))
+    return held
+
+
+def _references() -> list[tuple[str, str, tuple[int, float]]]:
+    found = [
+        ("weight average of the teachers", "average", DEPLOYED),
+        ("weight average, guidance 2", "average", (4, 2.0)),
+    ]
+    found += [(f"{task} teacher, its own 20 steps, guidance 2", f"teacher:{task}", (20, 2.0)) for task in TASKS]
+    found += [(f"{task} teacher", f"teacher:{task}", DEPLOYED) for task in TASKS]
+    return [*found, ("base", "base", DEPLOYED), ("base, 20 steps, guidance 4", "base", (20, 4.0))]
+
+
+def _total(held: Sequence[Path]) -> Cost:
+    whole = Cost()
+    for folder in held:
+        whole += costs(folder)[-1]
+    return whole
+
+
+def _score_cells(scores: Sequence[dict[str, float]]) -> list[str]:
+    return [spread([one[key] for one in scores]) for key in (*TASKS, "average")]
+
+
+def _cost_cells(own: Sequence[Cost]) -> list[Any]:
+    mean = [sum(values) / len(own) for values in zip(*(cost.values() for cost in own), strict=True)]
+    return [round(mean[0]), round(mean[1]), round(mean[3])]
+
+
+def _with_teachers(name: str, own: Sequence[Cost]) -> list[Any]:
+    """Seconds with the teachers' own, made side by side and one after another; RL needs none."""
+    seconds = sum(cost.seconds for cost in own) / len(own)
+    needs = "NFT" not in name and "GRPO" not in name
+    longest, together = max(TEACHER_SECONDS.values()), sum(TEACHER_SECONDS.values())
+    return [round(seconds + needs * longest), round(seconds + needs * together)]
+
+
+def _at_equal_calls(
+    name: str, by_seed: dict[int, list[Path]], least: int, extra: dict[tuple[str, int], Cost], scorer: Scorer
+) -> list[Any]:
+    scores, calls = [], []
+    for seed, held in by_seed.items():
+        spent, found = extra.get((name, seed), Cost()).calls, None
+        for folder in held:
+            within = adapter_within(folder, least - spent)
+            found = (within[0], spent + within[1].calls) if within else found
+            spent += costs(folder)[-1].calls
+        if found:
+            scores.append(mean_of(scorer.adapter(found[0])))
+            calls.append(found[1])
+    if not scores:
+        return [name, *["no checkpoint within"] * (len(TASKS) + 1), "-"]
+    return [name, *_score_cells(scores), round(sum(calls) / len(calls))]
+
+
+def gradient(setup: Setup, scorer: Scorer) -> Page | None:
+    """Claim 2: the closed form of the KL's gradient against its score-function estimate; and learning by each."""
+    return None if setup.listing else _gradients(setup, scorer, ("closed form", *gradients.ESTIMATORS))
+
+
+def variance(setup: Setup, scorer: Scorer) -> Page | None:
+    """Claim 2 without its learning curves."""
+    return None if setup.listing else _gradients(setup, scorer, ())
+
+
+def _gradients(setup: Setup, scorer: Scorer, learners: Sequence[str]) -> Page:
+    size = {"steps": 6, "pictures": 4, "draws": 1, "updates": 12, "batch": 4, "every": 3}
+    size = {"steps": 3, "pictures": 2, "draws": 1, "updates": 2, "batch": 2, "every": 1} if setup.quick else size
+    ratios: dict[str, dict[float, list[float]]] = {name: {} for name in gradients.ESTIMATORS}
+    curves: dict[str, dict[int, list[float]]] = {}
+    base = [card.digest() for card in scorer.cards]
+    for seed in setup.seeds:
+        key = ["variance", seed, size["steps"], size["pictures"], size["draws"], base]
+        for name, sigma, ratio in kept(setup, "gradients", key, partial(_ratios, seed, size)):
+            ratios[name].setdefault(sigma, []).append(ratio)
+    for name, seed in product(learners, setup.seeds):
+        key = ["curve", name, seed, size["updates"], size["batch"], size["every"], base]
+        for update, loss in kept(setup, "gradients", key, partial(_curve, name, seed, size)):
+            curves.setdefault(name, {}).setdefault(update, []).append(loss)
+    return _gradient_page(ratios, curves, size)
+
+
+def _ratios(seed: int, size: dict[str, int]) -> list[tuple[str, float, float]]:
+    """(estimator, sigma, variance ratio) of every teacher and state."""
+    run = gradients.ready(seed, [f"student.num_inference_steps={size['steps']}", ETA])
+    found = gradients.variances(run, pictures=size["pictures"], draws=size["draws"])
+    return [
+        (name, round(one.sigma, 4), one.ratio)
+        for by_estimator in found.values()
+        for name, moments in by_estimator.items()
+        for one in moments
+    ]
+
+
+def _curve(name: str, seed: int, size: dict[str, int]) -> list[tuple[int, float]]:
+    told = {key: size[key] for key in ("updates", "batch", "every")}
+    return gradients.curve(gradients.ready(seed, [*AS_DEPLOYED, ETA]), name, **told)
+
+
+def _gradient_page(
+    ratios: dict[str, dict[float, list[float]]], curves: dict[str, dict[int, list[float]]], size: dict[str, int]
+) -> Page:
+    sigmas = sorted(next(iter(ratios.values())), reverse=True)
+    rows = [[f"{sigma:.3f}", *(_geometric(ratios[name][sigma]) for name in ratios)] for sigma in sigmas]
+    caption = "Variance of the estimate over that of the closed form, by noise level; geometric mean over all runs."
+    tables = [Table(caption, ["sigma", *ratios], rows)]
+    shown = {name: [(sigma, _geometric(by[sigma])) for sigma in sigmas] for name, by in ratios.items()}
+    plots = [Plot("variance", "Variance ratio by noise level.", lines(shown, "sigma", "variance ratio", log_y=True))]
+    if curves:
+        updates = sorted(next(iter(curves.values())))
+        learnt = [[update, *(_mean(by[update]) for by in curves.values())] for update in updates]
+        caption = "KL to the teachers on held-out prompts (closed form, per dimension), mean over seeds."
+        tables.append(Table(caption, ["update", *curves], learnt))
+        learned = {name: [(update, _mean(by[update])) for update in updates] for name, by in curves.items()}
+        drawn = lines(learned, "update", "held-out KL per dimension", log_y=True)
+        plots.append(Plot("curves", "Held-out KL while training, the same updates and rate.", drawn))
+    data = {"ratios": {n: {str(s): v for s, v in by.items()} for n, by in ratios.items()}, "curves": curves}
+    text = texts.GRADIENT.format(**size)
+    return Page("2-gradient", "Closed-form gradient against the score function", text, tables, plots, data)
+
+
+def choices(setup: Setup, scorer: Scorer) -> Page | None:
+    """Claim 3: rollouts with noise, solvers, how many states, which weighting; one change of the recipe each."""
+    changed = {name: settings for group in CHOICES.values() for name, settings in group.items()}
+    runs = {
+        name: [distill(setup, _folder(name) if settings else "opd", seed, settings) for seed in setup.seeds]
+        for name, settings in changed.items()
+    }
+    if setup.listing:
+        return None
+    tables = [walks(setup, scorer)]
+    for title, group in CHOICES.items():
+        rows = []
+        for name in group:
+            walk = (group[name][0].split('"')[1], 0.0) if title == SOLVER else NATIVE
+            scores = [mean_of(scorer.adapter(last_adapter(folder), DEPLOYED, walk)) for folder in runs[name]]
+            rows.append([name, *_score_cells(scores), *_cost_cells([costs(folder)[-1] for folder in runs[name]])])
+        tables.append(Table(f"{title}.", CHOICE_HEAD, rows))
+    return Page("3-choices", "Noise, solvers, states and weighting", texts.CHOICES, tables, [], _data(tables[0].rows))
+
+
+def _folder(name: str) -> str:
+    return f"choice-{name.replace(' ', '-')}"
+
+
+def solvers(setup: Setup, scorer: Scorer) -> Page | None:
+    """The part of claim 3 that needs no training: how far each solver takes a teacher in the student's few steps."""
+    if setup.listing:
+        return None
+    table = walks(setup, scorer)
+    return Page(
+        "3-solvers", "How far each solver takes a teacher in 4 steps", texts.SOLVERS, [table], [], _data(table.rows)
+    )
+
+
+def walks(setup: Setup, scorer: Scorer) -> Table:
+    """Each teacher on its own task, walked by each solver and noise level in the student's number of steps."""
+    rows = []
+    for label, (solver, level) in WALKS.items():
+        found = {t: scorer.reference(f"teacher:{t}", (DEPLOYED[0], 2.0), (solver, level), [t])[t] for t in TASKS}
+        rows.append([label, *_score_cells([mean_of(found)])])
+    caption = f"Teachers on their own tasks, 4 steps, guidance 2; {setup.held_out} held-out prompts each."
+    return Table(caption, ["walk", *TASKS, "average"], rows)
+
+
+def reward_teachers(setup: Setup, scorer: Scorer) -> Page | None:
+    """Claim 5: NFT and GRPO(-Guard) from the base by reward alone."""
+    runs: dict[tuple[str, str], list[Path]] = {}
+    for task in TASKS:
+        for name, file, settings in REWARD_WAYS:
+            runs[name, task] = [
+                teach(setup, f"{task}-{name.lower()}", seed, f"{task}/{file}", [*settings, *LOOKS])
+                for seed in setup.seeds
+            ]
+    if setup.listing:
+        return None
+    rows, curves = [], {}
+    for (name, task), held in runs.items():
+        scores = [mean_of(scorer.adapter(last_adapter(folder), (20, 2.0)))[task] for folder in held]
+        own = [costs(folder)[-1] for folder in held]
+        rows.append([task, name, spread(scores), round(sum(c.images for c in own) / len(own)), *_cost_cells(own)])
+        curves[f"{task}, {name}"] = [(row["images"], row["reward"]) for row in updates_of(held[0])]
+    head = ["task", "by", "held out, 20 steps, guidance 2", "images seen", "updates", "seconds", "network calls"]
+    plot = Plot("reward", "Reward of the sampled pictures (first seed).", lines(curves, "images seen", "reward"))
+    table = Table("Goal: .90 on two of three tasks.", head, rows)
+    return Page("5-rewards", "Teachers from their reward alone", texts.REWARDS, [table], [plot], {"curves": curves})
+
+
+def fine_tuning(setup: Setup, scorer: Scorer) -> Page | None:
+    """Claim 4: its commands. They need pictures of the user's, and another command than the other claims."""
+    for name, options in TUNING.items():
+        for seed in setup.seeds:
+            print(f"diffopd tune --model MODEL --images FOLDER {options} --set seed={seed}  # {name}")
+    return None
+
+
+def _geometric(values: Sequence[float]) -> float:
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _data(rows: Sequence[Sequence[Any]]) -> list[list[Any]]:
+    return [list(row) for row in rows]
+
+
+TUNING = {
+    "D-OPSD": "--method d-opsd",
+    "SFT": "--method sft",
+    "DreamBooth": "--method dreambooth --set 'prior.class_prompt=\"CLASS\"'",
+    "frozen teacher": "--method d-opsd --set teacher.weights=frozen",
+    "live teacher": "--method d-opsd --set teacher.weights=live",
+}
+WALKS = {
+    "its own scheduler (DDIM)": ("native", 0.0),
+    "DDIM, eta .3": ("ddim", 0.3),
+    "DDIM, eta .7": ("ddim", 0.7),
+    "DDIM, eta 1": ("ddim", 1.0),
+    "DPM-Solver++ 1": ("dpmpp_1", 0.0),
+    "DPM-Solver++ 2M": ("dpmpp_2m", 0.0),
+    "LCM": ("lcm", 0.0),
+}
+KL = ['objective.name="kl"', 'objective.final_step="mean"']
+SOLVER = "Solver of the student, in training and in deployment"
+# By name: the settings that are changed; none is the recipe itself, which claim 1 trains as well.
+CHOICES: dict[str, dict[str, list[str]]] = {
+    "Noise of the rollouts (DDIM's eta), mean matching": {
+        "eta 0": [],
+        "eta 0.3": ['student.solver="ddim"', "student.noise_level=0.3"],
+        "eta 0.7": ['student.solver="ddim"', "student.noise_level=0.7"],
+        "eta 1": ['student.solver="ddim"', "student.noise_level=1.0"],
+        "eta 0.7 with the KL": ['student.solver="ddim"', "student.noise_level=0.7", *KL],
+    },
+    SOLVER: {
+        "DPM-Solver++ 1": ['student.solver="dpmpp_1"'],
+        "DPM-Solver++ 2M": ['student.solver="dpmpp_2m"'],
+        "LCM": ['student.solver="lcm"'],
+    },
+    "Supervised states": {
+        "all 4": [],
+        "3 of 4": ["objective.query={indices = [0, 1, 2]}"],
+        "1 of 4": ["objective.query={random = 1}"],
+    },
+    "Weighting": {
+        "mean matching": [],
+        "velocity": ['objective.name="velocity"'],
+        "denoised": ['objective.name="denoised"'],
+    },
+}
+CHOICE_HEAD = ["choice", *TASKS, "average", "updates", "seconds", "network calls"]
+LOOKS = ["watch=[]", "train.validate_every=0"]
+REWARD_WAYS: list[tuple[str, str, list[str]]] = [
+    ("NFT", "nft.toml", []),
+    ("GRPO", "grpo.toml", ['estimator.name="grpo"']),
+    ("GRPO-Guard", "grpo.toml", []),
+]
+CLAIMS: dict[str, Callable[[Setup, Scorer], Page | None]] = {
+    "1": methods,
+    "2": gradient,
+    "2-variance": variance,
+    "3": choices,
+    "3-solvers": solvers,
+    "4": fine_tuning,
+    "5": reward_teachers,
+}

@@ -1,0 +1,144 @@
+"""Results as a page: markdown with tables, the same numbers as JSON, plots as PNG, and what made them."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from diffopd import __version__
+from diffopd.errors import UserError
+from diffopd.run_folder import atomic_write
+
+PACKAGES = ("torch", "diffusers", "transformers", "peft", "numpy")
+COLORS = ("#3366cc", "#dc3912", "#ff9900", "#109618", "#990099", "#0099c6", "#dd4477", "#66aa00")
+
+
+@dataclass(frozen=True)
+class Table:
+    """One table; a cell is text, or a number that is shown to three digits."""
+
+    caption: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+
+    def markdown(self) -> str:
+        """As GitHub shows it."""
+        lines = [self.header, ["---"] * len(self.header), *([_shown(cell) for cell in row] for row in self.rows)]
+        return f"{self.caption}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One picture: draw(axes) fills a matplotlib axes."""
+
+    name: str
+    caption: str
+    draw: Callable[[Any], None]
+
+
+@dataclass
+class Page:
+    """What one claim's measurement says."""
+
+    name: str
+    title: str
+    text: str
+    tables: list[Table] = field(default_factory=list)
+    plots: list[Plot] = field(default_factory=list)
+    data: Any = None
+
+
+def check_plotting() -> None:
+    """Before anything is run. Raises UserError without matplotlib."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise UserError("the plots are drawn with matplotlib. Install diffopd[reproduce].") from error
+
+
+def made_by(arguments: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
+    """Command, seeds, versions and machine."""
+    return {
+        "command": shlex.join(["python", "scripts/reproduce.py", *arguments]),
+        "seeds": list(seeds),
+        "versions": {"python": platform.python_version(), "diffopd": __version__, **{n: version(n) for n in PACKAGES}},
+        "machine": f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s) used",
+    }
+
+
+def _processor() -> str:
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.is_file() else []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor() or platform.machine()
+
+
+def write(page: Page, folder: Path, made: dict[str, Any]) -> Path:
+    """NAME.md, NAME.json and NAME-*.png in `folder`; returns the first."""
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = [f"# {page.title}", page.text.strip()]
+    for plot in page.plots:
+        file = f"{page.name}-{plot.name}.png"
+        _draw(plot, folder / file)
+        parts.append(f"![{plot.caption}]({file})\n\n{plot.caption}")
+    parts += [table.markdown() for table in page.tables]
+    versions = ", ".join(f"{name} {number}" for name, number in made["versions"].items())
+    parts.append(f"Made by `{made['command']}`, seeds {made['seeds']}; {versions}; {made['machine']}.")
+    tables = [{"caption": t.caption, "header": list(t.header), "rows": [list(r) for r in t.rows]} for t in page.tables]
+    stored = {"made_by": made, "tables": tables, "data": page.data}
+    atomic_write(folder / f"{page.name}.json", json.dumps(stored, indent=1) + "\n")
+    return atomic_write(folder / f"{page.name}.md", "\n\n".join(parts) + "\n")
+
+
+def _draw(plot: Plot, file: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6.4, 4.0), layout="constrained")
+    axes.grid(alpha=0.25)
+    plot.draw(axes)
+    figure.savefig(file, dpi=110, metadata={"Software": None})
+    pyplot.close(figure)
+
+
+def lines(
+    series: dict[str, Sequence[tuple[float, float]]], x: str, y: str, *, log_y: bool = False
+) -> Callable[[Any], None]:
+    """A drawing of named lines with dots."""
+
+    def draw(axes: Any) -> None:
+        for (label, points), color in zip(series.items(), COLORS * len(series), strict=False):
+            axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label, color=color)
+        axes.set(xlabel=x, ylabel=y, yscale="log" if log_y else "linear")
+        axes.legend(frameon=False)
+
+    return draw
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean over seeds, with their range where there are several."""
+    mean = sum(values) / len(values)
+    return f"{mean:.3f}" if len(values) == 1 else f"{mean:.3f} ({min(values):.3f} to {max(values):.3f})"
+
+
+def _shown(cell: Any) -> str:
+    if isinstance(cell, float):
+        return f"{cell:,.0f}" if abs(cell) >= 1000 else f"{cell:.3g}"
+    return f"{cell:,}" if isinstance(cell, int) else str(cell)
+
+
+def given_arguments() -> list[str]:
+    """What this process was started with."""
+    return sys.argv[1:]

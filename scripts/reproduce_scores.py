@@ -1,0 +1,188 @@
+"""Scores of adapters, averages and solvers on held-out prompts, measured once and kept; pictures drawn by teachers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from reproduce_runs import Cost, Setup, kept
+
+from diffopd import noise
+from diffopd.adapters import AdapterSwitch
+from diffopd.data import read_prompts
+from diffopd.drive import Call, denoiser_of, shell, survey
+from diffopd.evaluate import Contender, Task, measure, pictures, reference_contenders, tasks_of
+from diffopd.load import load_lora
+from diffopd.locate import shelf
+from diffopd.objective import get_objective
+from diffopd.recipe import Recipe, read_recipe
+from diffopd.run_folder import atomic_write
+from diffopd.sampling import sample, score
+from diffopd.supervise import Manner
+from diffopd.teacher import TeacherCard, file_sha256, teacher_card
+
+TASKS = ("composition", "text", "style")
+DEPLOYED = (4, 1.0)  # steps and guidance of together.toml's student
+NATIVE = ("native", 0.0)  # the pipeline's own scheduler
+WALKS = 2**31 + 80  # noise key of walks by a named solver: no update of a run ever has this number
+Scores = dict[str, list[float]]  # task -> a score per prompt
+
+
+@dataclass
+class Scorer:
+    """Base, teachers and held-out tasks, loaded when first asked for; results lie in output/scores."""
+
+    setup: Setup
+    _loaded: list[str] = field(default_factory=list)
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        """together.toml with this many held-out prompts."""
+        held_out = self.setup.held_out
+        return read_recipe("together", [f"evaluate.num_prompts={held_out}", f"evaluate.batch_size={min(held_out, 50)}"])
+
+    @cached_property
+    def cards(self) -> list[TeacherCard]:
+        """The three teachers' cards."""
+        return [teacher_card(name, shelf("teachers")) for name in TASKS]
+
+    @cached_property
+    def tasks(self) -> list[Task]:
+        """Their held-out prompts and rewards."""
+        return tasks_of(self.cards, self.setup.held_out)
+
+    @cached_property
+    def references(self) -> list[Contender]:
+        """Base, average and teachers over one trunk."""
+        return reference_contenders(self.recipe, self.cards)
+
+    def adapter(self, file: Path, at: tuple[int, float] = DEPLOYED, walk: tuple[str, float] = NATIVE) -> Scores:
+        """What the base with this adapter scores at (steps, guidance), walked by (solver, noise level)."""
+        key = ["adapter", file_sha256(file), at, walk]
+        return self._kept(key, lambda: self._scored(self._of_adapter(file, at), walk, TASKS))
+
+    def reference(
+        self, model: str, at: tuple[int, float], walk: tuple[str, float] = NATIVE, tasks: Sequence[str] = TASKS
+    ) -> Scores:
+        """What "base", "average" or "teacher:NAME" scores at (steps, guidance), walked by (solver, noise level)."""
+        key = ["reference", model, [card.digest() for card in self.cards], at, walk, list(tasks)]
+        return self._kept(key, lambda: self._scored(self._reference(model, at), walk, tasks))
+
+    def _reference(self, model: str, at: tuple[int, float]) -> Contender:
+        call = next(contender.call for contender in self.references if contender.model == model)
+        return Contender(model, call, *at)
+
+    def _of_adapter(self, file: Path, at: tuple[int, float]) -> Contender:
+        trunk = self.references[0].call.pipeline  # the base's shell: its adapters are off unless bound
+        name = f"scored{len(self._loaded)}"
+        self._loaded.append(name)
+        load_lora(trunk, str(file), name)
+        switch = AdapterSwitch(denoiser_of(trunk))
+        return Contender(name, Call(shell(trunk), {}, lambda: switch.bound(name)), *at)
+
+    def _scored(self, contender: Contender, walk: tuple[str, float], tasks: Sequence[str]) -> Scores:
+        asked = [task for task in self.tasks if task.name in tasks]
+        if walk == NATIVE:
+            return {result.task: result.scores for result in measure([(contender, t) for t in asked], self.recipe)}
+        return {task.name: self._walked(contender, task, *walk) for task in asked}
+
+    def _walked(self, contender: Contender, task: Task, solver: str, noise_level: float) -> list[float]:
+        """A score per prompt; the draws are a function of the prompt's place, the same for all models and solvers."""
+        told = {"num_inference_steps": contender.num_inference_steps, "guidance_scale": contender.guidance_scale}
+        call, scores, size = contender.call.told(**told), [], self.recipe.evaluate.batch_size
+        place = survey(call.prompted([task.rows[0].prompt]))
+        manner = Manner(get_objective("mean"), range(place.num_visits), solver, noise_level)
+        for start in range(0, len(task.rows), size):
+            rows = task.rows[start : start + size]
+            numbers = list(range(start, start + len(rows)))
+            draw = partial(noise.draw, run_seed=0, update=WALKS, sample_indices=numbers)
+            latents = draw(place.latents_shape, solver_step=0)
+            _, images = sample(call, rows, numbers, latents=latents, noise=_steps(draw, place.shape), manner=manner)
+            scores += score(task.reward, images, rows).tolist()
+        return scores
+
+    def _kept(self, key: list[Any], measured: Any) -> Scores:
+        key = [*key, self.setup.held_out, [card.task_hashes() for card in self.cards]]
+        return kept(self.setup, "scores", key, measured)
+
+
+def _steps(draw: Callable[..., Any], shape: tuple[int, ...]) -> Callable[[int], Any]:
+    return lambda index: draw(shape, solver_step=index + 1)
+
+
+def drawn_by_teachers(scorer: Scorer, count: int, seed: int) -> tuple[Path, Cost]:
+    """A folder with copies of the teachers and of unmade/joint whose training rows name pictures that a teacher drew.
+
+    `count` prompts of each task, drawn by its teacher as its card deploys it. Returns it with what the drawing cost.
+    """
+    folder = scorer.setup.output / f"samples-{count}-seed{seed}"
+    done = folder / "cost.json"
+    if done.is_file():
+        return folder, Cost(**json.loads(done.read_text()))
+    began, calls = time.monotonic(), 0
+    for card in scorer.cards:
+        at = (card.num_inference_steps, card.guidance_scale)
+        rows = read_prompts(card.prompts.train)[:count]
+        target = _copied(card, folder / card.name) / "prompts"
+        images: list[Any] = []
+        for batch in pictures(scorer._reference(f"teacher:{card.name}", at), rows, card.name, seed, 32):
+            images += batch
+        calls += len(rows) * at[0] * (2 if at[1] > 1 else 1)
+        _write_rows(target, rows, images)
+    _copied(teacher_card("unmade/joint", shelf("teachers")), folder / "joint")
+    _point_at(folder, [card.name for card in scorer.cards])
+    cost = Cost(0, time.monotonic() - began, 3 * count, calls)
+    atomic_write(done, json.dumps(dict(zip(("updates", "seconds", "images", "calls"), cost.values(), strict=True))))
+    return folder, cost
+
+
+def _copied(card: TeacherCard, target: Path) -> Path:
+    shutil.rmtree(target, ignore_errors=True)
+    shutil.copytree(card.folder, target)
+    text = (target / "teacher.toml").read_text().replace("../world.py", str(shelf("teachers") / "world.py"))
+    (target / "teacher.toml").write_text(text)
+    return target
+
+
+def _write_rows(folder: Path, rows: Sequence[Any], images: Sequence[Any]) -> None:
+    (folder / "drawn").mkdir()
+    lines = []
+    for number, (row, image) in enumerate(zip(rows, images, strict=True)):
+        image.save(folder / "drawn" / f"{number}.png")
+        lines.append(json.dumps({"prompt": row.prompt, **row.metadata, "file_name": f"drawn/{number}.png"}))
+    (folder / "train.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def _point_at(folder: Path, names: list[str]) -> None:
+    """The joint card's prompts are the copies', its reward the shelf's; and how it is taught from their pictures."""
+    joint, top = folder / "joint", shelf("teachers")
+    text = (joint / "teacher.toml").read_text()
+    for name in names:
+        text = text.replace(f'"../../{name}/prompts/train.jsonl"', f'"../{name}/prompts/train.jsonl"')
+        text = text.replace(f'"../../{name}/prompts/test.jsonl"', f'"{top / name / "prompts" / "test.jsonl"}"')
+    text = text.replace('"reward.py:', f'"{top / "unmade" / "joint" / "reward.py"}:')
+    (joint / "teacher.toml").write_text(text)
+    nft = (joint / "nft.toml").read_text()
+    student = nft[nft.index("[student]") : nft.index("[estimator]")]
+    rest = nft[nft.index("[train]") :].replace("3e-4", "2e-3")
+    supervised = '[estimator]\nname = "supervised"\n\n[sampling]\nnum_prompts = 32\n\n'
+    (joint / "supervised.toml").write_text(f"{student}{supervised}{rest}")
+
+
+def mean_of(scores: Scores) -> dict[str, float]:
+    """task -> mean over prompts, and "average" of the tasks."""
+    means = {task: float(np.mean(scores[task])) for task in TASKS}
+    return means | {"average": sum(means.values()) / len(means)}
+
+
+def quiet() -> None:
+    """One thread, as all figures here are made."""
+    torch.set_num_threads(1)

@@ -1,0 +1,34 @@
+"""What each page of results says before its tables."""
+
+METHODS = """\
+DiffusionOPD (arXiv:2605.15055) says that distilling several teachers along the student's own trajectory beats joint
+and cascade reinforcement learning, averaging the teachers' weights, supervised training on their samples and
+distillation at states that are not the student's, at less cost once the teachers are there. Every method here has the
+same adapter, the same seconds of training on one core, a constant learning rate, and is deployed in 4 steps without
+guidance. Network calls are rows of the denoiser, forward, of all sides (a backward is not counted).
+"""
+GRADIENT = """\
+DiffusionOPD (arXiv:2605.15055) minimises the KL of each step in closed form. Policy gradients see the same KL through
+drawn next states: the estimate has the same mean, and what it adds is variance only.
+
+Measured on the embedded world: a fresh adapter of rank 32 on the base, each of the three teachers under its own
+guidance, a walk of {steps} DDIM steps with eta = .7 on both sides, {pictures} prompts a teacher, {draws} draws at
+each state. The variance of a one-picture gradient is the trace of its covariance over prompts and noise; the ratio is
+that of the estimate over that of the closed form. "With baseline" takes the KL itself off the log ratio: the best
+that a baseline which knows the state alone can be. Curves: {updates} updates of {batch} pictures, teachers in turn, 4
+steps, the recipe's rate, one draw a state for the estimates.
+"""
+CHOICES = """\
+One change of `together.toml` at a time, the same seconds of training. DiffusionOPD found deterministic rollouts up to
+five times as efficient as a = .7; D-OPSD weighs by the denoised picture; DanceOPD supervises one state.
+"""
+SOLVERS = """\
+A student that matches a teacher's prediction at every state it visits (m = 1) is that teacher walked in the student's
+steps by the student's solver. So what a solver makes of the teacher in 4 steps bounds what m = 1 can reach with it.
+Nothing is trained here.
+"""
+REWARDS = """\
+From the base, by the world's scorer alone: DiffusionNFT (2509.16117), Flow-GRPO (2505.05470), GRPO-Guard
+(2510.22319), with the settings of `teachers/*/nft.toml` and `grpo.toml`. Sampled without guidance in 10 steps; scored
+as the card deploys the teacher.
+"""

@@ -1,0 +1,151 @@
+"""scripts/reproduce*.py: the estimators are what they say, every command is a valid one, pages hold their numbers."""
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+from diffopd.objective import get_objective
+from diffopd.path import PATHS
+from diffopd.prediction import Prediction, Proposal, Step, Transition
+from diffopd.preflight import check
+from diffopd.recipe import read_recipe
+from diffopd.teach_recipe import read_teach_recipe
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def on_the_path(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+
+
+def sides(mean: torch.Tensor) -> tuple[Proposal, Proposal, Step]:
+    """A student that draws around `mean` (3,) and a teacher beside it, as many rows as a million draws need."""
+    step = Step(torch.zeros(1, 3), 0.8, 0.5, 0)
+    said = Prediction(step.sample, step.sample, 0.8, PATHS["flow"])
+    student, teacher = mean.expand(200_000, 3), torch.tensor([0.3, 0.0, -0.1]).expand(200_000, 3)
+    return Proposal(said, Transition(student, 0.5)), Proposal(said, Transition(teacher, 0.5)), step
+
+
+@pytest.mark.parametrize("name", ["score function", "score function with baseline"])
+def test_a_score_function_estimate_has_the_gradient_of_the_kl_on_average_and_a_baseline_only_lowers_its_noise(name):
+    from reproduce_gradients import ESTIMATORS
+
+    noise = torch.randn(200_000, 3, generator=torch.Generator().manual_seed(0))
+    mean = torch.tensor([0.1, -0.4, 0.2], requires_grad=True)
+    exact = torch.autograd.grad(get_objective("kl")(*sides(mean)).mean(), mean)[0]
+    estimate = torch.autograd.grad(ESTIMATORS[name](*sides(mean), draw=lambda step: noise).mean(), mean)[0]
+    torch.testing.assert_close(estimate, exact, atol=0.01, rtol=0)
+    assert exact.abs().max() > 0.1
+    rows = torch.zeros(200_000, 3, requires_grad=True)
+
+    def spread_of(which: str) -> float:
+        student, teacher, step = sides(torch.zeros(3))
+        student = Proposal(student.prediction, Transition(rows + mean.detach(), 0.5))
+        loss = ESTIMATORS[which](student, teacher, step, draw=lambda step: noise)
+        return float(torch.autograd.grad(loss.sum(), rows)[0].var(0).sum())
+
+    assert spread_of("score function with baseline") < spread_of("score function")
+
+
+def test_the_variance_ratio_is_that_of_an_estimate_whose_noise_is_known():
+    from reproduce_gradients import Moments
+
+    generator, moments = torch.Generator().manual_seed(1), Moments(0.5)
+    for _ in range(400):
+        exact = 3 + torch.randn(50, generator=generator)
+        moments.add(exact, [exact + 2 * torch.randn(50, generator=generator) for _ in range(2)])
+    assert moments.between == pytest.approx(50, rel=0.05)
+    assert moments.ratio == pytest.approx(1 + 4, rel=0.05)
+
+
+def listed(capsys, tmp_path, claims: str) -> list[list[str]]:
+    from reproduce import main
+
+    main(claims, "0,1", 60.0, 2, tmp_path, tmp_path, True, True)
+    lines = [shlex.split(line, comments=True) for line in capsys.readouterr().out.splitlines()]
+    return [line[1:] for line in lines if line and line[0] == "diffopd"]
+
+
+def options_of(command: list[str]) -> list[str]:
+    return [after for before, after in zip(command, command[1:], strict=False) if before == "--set"]
+
+
+def test_every_command_of_the_claims_is_valid_and_each_run_has_a_folder_of_its_own(capsys, tmp_path):
+    commands = listed(capsys, tmp_path, "1,3,5")
+    folders = [command[command.index("--output-dir") + 1] for command in commands]
+    assert len(set(folders)) == 2 * (9 + 11 + 9) == len({shlex.join(command) for command in commands})
+    for command in commands:
+        options = [option for option in options_of(command) if "LAST" not in option and "SAMPLES" not in option]
+        if command[0] == "distill":
+            assert read_recipe(command[1], options).seed in (0, 1)
+        elif "SAMPLES" not in command[1]:
+            assert read_teach_recipe(command[1], options).train.max_train_steps == 2
+    assert sum("LAST" in " ".join(command) for command in commands) == 2 * 2, "the cascade's second and third task"
+
+
+def test_every_choice_of_claim_3_can_be_walked():
+    from reproduce_claims import CHOICES
+
+    for group in CHOICES.values():
+        for name, settings in group.items():
+            assert check(read_recipe("together", settings)).grid is not None, name
+
+
+def test_a_budget_of_network_calls_picks_the_last_checkpoint_within_it(tmp_path):
+    from reproduce_runs import Cost, adapter_within, costs
+
+    rows = [
+        {
+            "kind": "update",
+            "update": n,
+            "seconds": 2.0 * n,
+            "images": 8 * n,
+            "network_calls": {"student": 4, "teacher": 6},
+        }
+        for n in (1, 2, 3, 4)
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [{"kind": "start"}, *rows]))
+    for number in (2, 4):
+        (tmp_path / f"checkpoint-{number}").mkdir()
+        (tmp_path / f"checkpoint-{number}" / "pytorch_lora_weights.safetensors").write_bytes(b"")
+    assert costs(tmp_path)[-1] == Cost(4, 8.0, 32, 40)
+    file, cost = adapter_within(tmp_path, 39)
+    assert file.parent.name == "checkpoint-2" and cost == Cost(2, 4.0, 16, 20)
+    assert adapter_within(tmp_path, 40)[1].calls == 40 and adapter_within(tmp_path, 19) is None
+
+
+def test_a_page_holds_its_tables_its_plot_and_what_made_it(tmp_path):
+    pytest.importorskip("matplotlib")
+    from reproduce_pages import Page, Plot, Table, lines, made_by, spread, write
+
+    table = Table("Scores.", ["method", "score"], [["one", 0.51234], ["two", spread([0.5, 0.7])]])
+    plot = Plot("curve", "Falls.", lines({"a": [(0, 2.0), (1, 1.0)]}, "update", "loss", log_y=True))
+    page = Page("9-page", "A page", "What it says.", [table], [plot], {"a": 1})
+    text = write(page, tmp_path, made_by(["--claims", "9"], [0, 1])).read_text()
+    for part in ("# A page", "| one | 0.512 |", "| two | 0.600 (0.500 to 0.700) |", "9-page-curve.png", "--claims 9"):
+        assert part in text
+    stored = json.loads((tmp_path / "9-page.json").read_text())
+    assert stored["tables"][0]["rows"][0] == ["one", 0.51234] and stored["made_by"]["seeds"] == [0, 1]
+    assert (tmp_path / "9-page-curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("claim", ["1", "2", "3-solvers", "5"])
+def test_a_claim_runs_from_end_to_end_and_is_kept(claim, tmp_path, capsys):
+    """Two updates of two pictures each on the embedded world: that everything fits, not what it measures."""
+    pytest.importorskip("matplotlib")
+    from reproduce import main
+
+    def run() -> list[Path]:
+        main(claim, "0", 60.0, 2, tmp_path / "runs", tmp_path / "pages", True, False)
+        return sorted((tmp_path / "pages").glob("*.md"))
+
+    (page,) = run()
+    assert page.name.startswith(claim[0]) and "nan" not in page.read_text()
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").rglob("*.safetensors")}
+    run()
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").rglob("*.safetensors")} == before
