@@ -19,12 +19,11 @@ from torch import Tensor
 from diffopd import distill as loop
 from diffopd import noise
 from diffopd.adapters import fused_forward
-from diffopd.assemble import Teacher
+from diffopd.assemble import ALONE, Teacher
 from diffopd.data import PromptRow
 from diffopd.drive import denoiser_of
 from diffopd.objective import get_objective
 from diffopd.prediction import Proposal, Step
-from diffopd.processes import ALONE
 from diffopd.recipe import read_recipe
 from diffopd.supervise import Manner, supervise
 

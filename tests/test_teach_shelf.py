@@ -77,7 +77,7 @@ def test_joint_prompts_alternate_between_the_tasks_and_each_picture_has_its_own_
 def test_joint_and_cascade_reinforcement_learning_run_on_the_embedded_world(tmp_path):
     """An update of each: the cascade's second task begins with the first one's adapter."""
     few = ["train.max_train_steps=1", "train.max_train_seconds=0.0", "train.validate_every=0", "evaluate.num_prompts=3"]
-    few += ["sampling.num_prompts=3", "sampling.group_size=2", "student.num_inference_steps=2"]
+    few += ["sampling.num_prompts=3", "sampling.group_size=2", "student.num_inference_steps=2", 'objective.query="all"']
 
     def taught(name, folder, *options):
         recipe = read_teach_recipe(name, [f'output_dir="{tmp_path / folder}"', *few, *options])
