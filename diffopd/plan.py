@@ -163,6 +163,7 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
         ("base", f"{student.pretrained_model_name_or_path} ({plan.pipeline_class})"),
         ("walk", f"{student.num_inference_steps} steps of {_solver(plan)}, {guidance}"),
         *([("deployed", _deployed(plan))] if student.solver != "native" else []),
+        *([("scored", f"at {plan.recipe.scored_steps} steps")] if plan.recipe.evaluate.student_steps else []),
         ("timesteps", _numbers(plan.grid.timesteps if plan.grid else None, "g")),
         ("sigmas", _numbers(plan.grid.sigmas if plan.grid else None, ".3f")),
         ("objective", f"{objective.name}, query {objective.query}{substeps}, {objective.states} states"),

@@ -181,3 +181,10 @@ def test_sizes_have_units():
         "1.0 KiB",
         "3.0 GiB",
     ]
+
+
+def test_a_number_of_steps_for_scoring_alone_is_shown(tiny_recipe, capsys):
+    for options, is_shown in (([], False), (["evaluate.student_steps=8"], True)):
+        Console(width=200).print(render(plan(tiny_recipe, *options)))
+        lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+        assert (["scored", "at", "8", "steps"] in lines) is is_shown
