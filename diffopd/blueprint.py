@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 CONFIG_PATTERNS = ["*.json", "*/*.json", "*/*.txt"]
 LOADED = (".safetensors", ".json", ".txt")
 BYTES = 4  # of a float32
+NOT_IN_TRAINING = ("safety_checker",)  # components that training loads without: what it does to pictures is no lesson
 
 
 @dataclass(frozen=True)

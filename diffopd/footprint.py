@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffopd.blueprint import BYTES, add_adapter_like, build_component, num_values, tensor_shapes
+from diffopd.blueprint import BYTES, NOT_IN_TRAINING, add_adapter_like, build_component, num_values, tensor_shapes
 from diffopd.dialects import paired, ranks_said
 from diffopd.grid import make_scheduler, side_arguments
 from diffopd.preflight import Parts, lora_size
@@ -92,6 +92,7 @@ def _with_adapter(recipe: Recipe, denoiser: nn.Module, component: str, unsure: l
 def _resident(parts: Parts, frozen: torch.dtype, unsure: list[str]) -> dict[str, int]:
     """component -> bytes, for what stays while the loop runs: released encoders and VAE do not."""
     train, held = parts.recipe.train, parts.base.component_sizes()
+    held = {name: size for name, size in held.items() if name not in NOT_IN_TRAINING}
     if train.text_encoders == "released":
         gone = ("text_encoder",) if parts.recipe.objective.states == "data" else ("text_encoder", "vae")
         held = {name: size for name, size in held.items() if not name.startswith(gone)}
