@@ -22,7 +22,7 @@ from diffopd.adapters import (
     freeze,
 )
 from diffopd.attention import use_attention_backend
-from diffopd.blueprint import read_blueprint
+from diffopd.blueprint import NOT_IN_TRAINING, read_blueprint
 from diffopd.context import Context, Noised, TextOnly, in_context
 from diffopd.data import PromptRow, read_prompts
 from diffopd.drive import Call, denoiser_name, denoiser_of, shell
@@ -98,7 +98,8 @@ def assemble(recipe: Recipe, device: str, processes: Processes = ALONE) -> tuple
     """
     name = recipe.student.pretrained_model_name_or_path
     quantization = quantization_config(recipe, read_blueprint(name).denoiser)
-    base = load_pipeline(name, component_dtypes(recipe.train.frozen_dtype), quantization)
+    dtypes = component_dtypes(recipe.train.frozen_dtype)
+    base = load_pipeline(name, dtypes, quantization, leave_out=NOT_IN_TRAINING)
     base = with_scheduler(base, recipe).to(device)
     freeze(base)
     is_lora = recipe.student.train == "lora"

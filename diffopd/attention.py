@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import nn
 
 from diffopd.errors import UserError
+from diffopd.parts import replaced_attribute
 
 DEFAULT = "default"
 
@@ -56,34 +58,59 @@ def dispatches(denoiser: nn.Module) -> bool:
 
 
 @contextmanager
-def proof_of_use(name: str, denoiser: nn.Module) -> Iterator[None]:
-    """While open, count what the backend computes; UserError at the end where it was never called.
+def proof_of_use(name: str, *denoisers: nn.Module) -> Iterator[None]:
+    """While open, count what the backend computes in each denoiser; UserError at the end for one that never called it.
 
-    Only denoisers that dispatch are counted; the layers of others say themselves what they use.
+    What is counted are calls of the kernel itself, from inside a forward of the denoiser.
     """
-    if name == DEFAULT or not dispatches(denoiser):
+    if name == DEFAULT:
         yield
+        return
+    calls, running = Counter(), []
+
+    def counting(kernel: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(kernel)
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            calls.update(map(id, running))
+            return kernel(*args, **kwargs)
+
+        return counted
+
+    with ExitStack() as stack:
+        for denoiser in denoisers:
+            stack.callback(denoiser.register_forward_pre_hook(lambda module, args: running.append(module)).remove)
+            stack.callback(denoiser.register_forward_hook(lambda module, args, output: running.remove(module)).remove)
+        stack.enter_context(_replaced_kernel(name, counting, is_dispatched=dispatches(denoisers[0])))
+        yield
+    idle = next((denoiser for denoiser in denoisers if not calls[id(denoiser)]), None)
+    if idle is not None:
+        raise UserError(
+            f'train.attention_backend = "{name}" was accepted by {type(idle).__name__}, but never called. '
+            'Set "default".'
+        )
+
+
+@contextmanager
+def _replaced_kernel(
+    name: str, change: Callable[[Callable[..., Any]], Callable[..., Any]], *, is_dispatched: bool
+) -> Iterator[None]:
+    """While open, a backend's kernel is what `change` makes of it: in diffusers' table, or in xformers itself."""
+    if not is_dispatched:
+        from diffusers.models.attention_processor import xformers
+
+        kernel = xformers.ops.memory_efficient_attention
+        with replaced_attribute(xformers.ops, "memory_efficient_attention", change(kernel)):
+            yield
         return
     from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 
     held, backend = _AttentionBackendRegistry._backends, AttentionBackendName(name)
-    original, calls = held[backend], []
-
-    @functools.wraps(original)
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        calls.append(1)
-        return original(*args, **kwargs)
-
-    held[backend] = counted
+    original = held[backend]
+    held[backend] = change(original)
     try:
         yield
     finally:
         held[backend] = original
-    if not calls:
-        raise UserError(
-            f'train.attention_backend = "{name}" was accepted by {type(denoiser).__name__}, but never called. '
-            'Set "default".'
-        )
 
 
 def _processors(denoiser: nn.Module) -> list[Any]:

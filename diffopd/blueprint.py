@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 CONFIG_PATTERNS = ["*.json", "*/*.json", "*/*.txt"]
 LOADED = (".safetensors", ".json", ".txt")
 BYTES = 4  # of a float32
+NOT_IN_TRAINING = ("safety_checker",)  # components that training loads without: what it does to pictures is no lesson
 
 
 @dataclass(frozen=True)
@@ -204,3 +205,23 @@ def add_lora_on_meta(denoiser: nn.Module, rank: int, targets: list[str] | str) -
     with init_empty_weights(include_buffers=True):
         denoiser.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets), adapter_name="student")
     return sum(p.numel() for name, p in denoiser.named_parameters() if ".lora_" in name)
+
+
+def add_adapter_like(denoiser: nn.Module, component: str, ranks: dict[str, int]) -> bool:
+    """Put an adapter on a meta denoiser with the layers of a LoRA file, name there -> rank.
+
+    False, and nothing is put, where the file does not name them as the denoiser does, in whatever spelling.
+    """
+    from accelerate import init_empty_weights
+    from peft import LoraConfig
+
+    from diffopd.dialects import match
+
+    own = match(ranks, denoiser, component)
+    if own is None:
+        return False
+    rank = max(own.values())
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(own), rank_pattern=own)
+    with init_empty_weights(include_buffers=True):
+        denoiser.add_adapter(config, adapter_name="student")
+    return True

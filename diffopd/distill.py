@@ -99,11 +99,12 @@ def distill(recipe: Recipe, folder: RunFolder, begin: Callable[[Run, bool], None
         _follow(run, trained, moved=False)
     with ExitStack() as stack:
         dtype = torch.bfloat16 if recipe.train.mixed_precision == "bf16" else None
-        for denoiser in {id(d): d for d in (denoiser_of(s.call.pipeline) for s in (student, *teachers))}.values():
+        denoisers = {id(d): d for d in (denoiser_of(s.call.pipeline) for s in (student, *teachers))}.values()
+        for denoiser in denoisers:
             stack.enter_context(autocast_forward(denoiser, dtype))
         if recipe.train.fuse_student:
             stack.enter_context(fused_forward(denoiser_of(student.pipeline)))
-        with proof_of_use(recipe.train.attention_backend, denoiser_of(student.pipeline)):
+        with proof_of_use(recipe.train.attention_backend, *denoisers):
             preflight(run)
         if begin:
             begin(run, latest is None)

@@ -131,7 +131,7 @@ def reference_contenders(recipe: Recipe, cards: list[TeacherCard]) -> list[Conte
         pipeline = with_denoiser(base, own[card.name].module) if has_own else shell(base)
         binding = own[card.name].present if has_own else partial(switch.bound, card.name)
         call = Call(pipeline, {**settings.call}, binding)
-        for count in dict.fromkeys((own_steps(settings, card), recipe.student.num_inference_steps)):
+        for count in dict.fromkeys((own_steps(settings, card), recipe.scored_steps)):
             found.append(Contender(f"teacher:{card.name}", call, count, scale))
     return found
 
@@ -148,14 +148,14 @@ def _average(recipe: Recipe, cards: list[TeacherCard], base: Any, switch: Adapte
     names = [card.name for card in cards]
     call = Call(shell(base), {**recipe.student.call}, lambda: switch.averaged(names))
     scale = round(sum(card.guidance_scale for card in cards) / len(cards), 2)
-    counts = dict.fromkeys((steps, recipe.student.num_inference_steps))
+    counts = dict.fromkeys((steps, recipe.scored_steps))
     return [Contender("average", call, count, scale) for count in counts]
 
 
 def student_contender(recipe: Recipe, pipeline: Any) -> Contender:
-    """The student as it is deployed."""
+    """The student as it is deployed, at the number of steps that it is scored at."""
     told = {k: v for k, v in student_arguments(recipe).items() if k != "output_type"}
-    return Contender("student", Call(pipeline, told), recipe.student.num_inference_steps, recipe.student.guidance_scale)
+    return Contender("student", Call(pipeline, told), recipe.scored_steps, recipe.student.guidance_scale)
 
 
 def pictures(contender: Contender, rows: list[PromptRow], task: str, seed: int, batch_size: int) -> Iterator[list[Any]]:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from diffopd.adapters import adapter_parameters
+from diffopd.blueprint import read_json
 from diffopd.dialects import read_lora
 from diffopd.drive import denoiser_name, denoiser_of, shell
 from diffopd.errors import UserError
@@ -20,17 +21,22 @@ from diffopd.run_folder import RunFolder
 from diffopd.teacher import TeacherCard, weight_files
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Collection, Iterator
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
 def load_pipeline(
-    name: str, dtype: torch.dtype | dict[str, torch.dtype] = torch.float32, quantization: Any = None
+    name: str,
+    dtype: torch.dtype | dict[str, torch.dtype] = torch.float32,
+    quantization: Any = None,
+    *,
+    leave_out: Collection[str] = (),
 ) -> Any:
     """A stock pipeline by shelf name, folder or hub id, from safetensors, progress bar off.
 
     dtype: one for all components, or by component name with a "default". quantization: a config of diffusers.
+    leave_out: components that the pipeline can do without, where it has them.
 
     Raises UserError where it cannot be found or has pickled weights only.
     """
@@ -41,6 +47,7 @@ def load_pipeline(
     with _quiet():
         try:
             options = {"quantization_config": quantization} if quantization else {}
+            options |= _without(folder, leave_out)
             pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True, **options)
         except (OSError, SafetensorError) as error:
             raise UserError(f"{folder}: cannot be loaded as a diffusers pipeline: {error}") from error
@@ -52,6 +59,15 @@ def load_pipeline(
             raise UserError(f"{folder}: needs a package that is not installed: {_first_lines(error)}") from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def _without(folder: Path, components: Collection[str]) -> dict[str, Any]:
+    """What `from_pretrained` is told so that it leaves out components that a folder has."""
+    index = read_json(folder / "model_index.json")
+    told: dict[str, Any] = {name: None for name in components if index.get(name, [None])[0]}
+    if "safety_checker" in told and "requires_safety_checker" in index:
+        told["requires_safety_checker"] = False  # else diffusers warns of its absence at each copy of the pipeline
+    return told
 
 
 def load_lora(pipeline: Any, source: TeacherCard | str, adapter_name: str) -> None:

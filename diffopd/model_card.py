@@ -66,7 +66,7 @@ def model_card(exported: Exported) -> str:
         "",
         f"A {steps}-step student of {len(cards)} teacher{'s' * (len(cards) > 1)}, {_how(recipe)} with "
         f"diffopd {__version__}. It is made for {steps} steps at guidance_scale {student.guidance_scale:g}"
-        f"{_default_guidance(exported)}.",
+        f"{_default_guidance(exported)}.{_other_steps(recipe)}",
         "",
         *(line for form in exported.forms for line in usage(exported, form)),
         "| teacher | form | guidance | weights (sha256) | license |",
@@ -151,6 +151,12 @@ def _default_guidance(exported: Exported) -> str:
         "; guidance is an argument of the call and cannot be stored with the weights, and the default of "
         f"{exported.pipeline_class.__name__} ({', '.join(other)}) would draw worse"
     )
+
+
+def _other_steps(recipe: Recipe) -> str:
+    if recipe.scored_steps == recipe.student.num_inference_steps:
+        return ""
+    return f" Its scores below are those of {recipe.scored_steps} steps: call it with that many to have them."
 
 
 def has_hub_base(recipe: Recipe) -> bool:
@@ -260,11 +266,11 @@ def _scores(folder: RunFolder) -> list[str]:
     if not file.is_file():
         return ["Not evaluated yet."]
     rows = [row for row in json.loads(file.read_text())["rows"] if row["model"] == "student"]
-    lines = ["| task | score | 95 % interval | prompts | seeds |", "|---|---|---|---|---|"]
+    lines = ["| task | steps | score | 95 % interval | prompts | seeds |", "|---|---|---|---|---|---|"]
     for row in rows:
         low, high = row["interval"]
-        counts = f"{row['num_prompts']} | {len(row['seeds'])}"
-        lines.append(f"| {row['task']} | {row['score']:.3f} | {low:.3f} to {high:.3f} | {counts} |")
+        counts = f"{low:.3f} to {high:.3f} | {row['num_prompts']} | {len(row['seeds'])}"
+        lines.append(f"| {row['task']} | {row['num_inference_steps']} | {row['score']:.3f} | {counts} |")
     return lines
 
 

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from diffopd.blueprint import BYTES, num_values
+from diffopd.footprint import Footprint, footprint
 from diffopd.grid import Grid, make_scheduler, side_arguments
-from diffopd.preflight import Parts, lora_size
+from diffopd.preflight import Parts
 from diffopd.recipe import Recipe
-from diffopd.teacher import TeacherCard, weight_files
 
 if TYPE_CHECKING:
-    import torch
     from rich.console import RenderableType
-    from torch import nn
 
 QUERY_DRAWS = 256  # draws over which the cost of a random query is averaged
 
@@ -36,22 +32,28 @@ class TeacherPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """The resolved plan. Evaluations are denoiser forwards per picture of one walk; guidance may count double.
-
-    memory: bytes per item; its graph entry is absent for pipelines that cannot be rehearsed.
-    """
+    """The resolved plan. Evaluations are denoiser forwards per picture of one walk; guidance may count double."""
 
     recipe: Recipe
     pipeline_class: str
     scheduler: str
     grid: Grid | None
-    num_trained: int
     num_parameters: int
     student_rows: float
     student_evaluations: float
     teachers: tuple[TeacherPlan, ...]
     pictures_per_update: int
-    memory: dict[str, int]
+    held: Footprint
+
+    @property
+    def num_trained(self) -> int:
+        """Parameters that are trained."""
+        return self.held.trained
+
+    @property
+    def memory(self) -> dict[str, int]:
+        """Item -> bytes; without an entry for the graph of a pipeline that cannot be rehearsed."""
+        return self.held.memory
 
     @property
     def evaluations_per_update(self) -> tuple[float, float]:
@@ -79,19 +81,17 @@ def make_plan(parts: Parts) -> Plan:
         teachers.append(TeacherPlan(card.name, card.form, guidance, cost, *prompts, settings.weight / total))
     train = recipe.train
     tasks = {"all": len(recipe.teachers), "round_robin": 1}.get(train.tasks_per_update, train.tasks_per_update)
-    trained, memory = _sizes(parts)
     return Plan(
         recipe=recipe,
         pipeline_class=base.pipeline_class,
         scheduler=recipe.student.scheduler.get("class", base.configs["scheduler"]["_class_name"]),
         grid=parts.grid,
-        num_trained=trained,
         num_parameters=base.num_parameters(),
         student_rows=rows,
         student_evaluations=student,
         teachers=tuple(teachers),
         pictures_per_update=tasks * train.batch_size * train.gradient_accumulation_steps,
-        memory=memory,
+        held=footprint(parts),
     )
 
 
@@ -121,87 +121,6 @@ def visited(recipe: Recipe, visits: int) -> tuple[float, float]:
     return walked, sum(map(len, draws)) / len(draws)
 
 
-def _sizes(parts: Parts) -> tuple[int, dict[str, int]]:
-    """(trained parameters, bytes per item of memory while the loop runs)."""
-    import torch
-
-    from diffopd.precision import DTYPES, answer_in_float32
-
-    recipe, base = parts.recipe, parts.base
-    train, frozen = recipe.train, DTYPES[recipe.train.frozen_dtype]
-    denoiser = copy.deepcopy(base.meta_denoiser)
-    if recipe.student.train == "full":
-        trained = base.num_parameters()
-        denoiser.requires_grad_(True)
-    else:
-        denoiser.to(frozen)
-        trained = lora_size(recipe, denoiser)
-        for parameter in denoiser.parameters():
-            parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
-    averages = int(train.ema_decay > 0) + sum(card.form == "ema" for card in parts.cards)
-    memory = {f"base {name}": size * _bytes_of(name, frozen) for name, size in _resident(parts).items()}
-    memory |= {
-        "teachers": _teachers(parts, trained, frozen),
-        "trained weights": BYTES * trained,
-        "gradients and AdamW": 3 * BYTES * trained,
-        "averages": BYTES * trained * averages,
-    }
-    if frozen is not torch.float32:
-        answer_in_float32(denoiser, frozen)
-    graph = _graph(parts, denoiser)
-    memory |= {"graph of one state": graph} if graph is not None else {}
-    return trained, {name: size for name, size in memory.items() if size}
-
-
-def _resident(parts: Parts) -> dict[str, int]:
-    """component -> its numbers, for what stays while the loop runs: released encoders and VAE do not."""
-    train, held = parts.recipe.train, parts.base.component_sizes()
-    if train.text_encoders != "released":
-        return held
-    gone = ("text_encoder",) if parts.recipe.objective.states == "data" else ("text_encoder", "vae")
-    return {name: size for name, size in held.items() if not name.startswith(gone)}
-
-
-def _bytes_of(component: str, frozen: torch.dtype) -> int:
-    return BYTES if component == "vae" else frozen.itemsize  # the VAE stays in float32
-
-
-def _teachers(parts: Parts, adapter: int, frozen: torch.dtype) -> int:
-    """Bytes that teachers add to the device: adapters all, own denoisers all or, offloaded, the largest alone."""
-    own = [_teacher_size(parts, card, adapter) * frozen.itemsize for card in parts.cards if _has_own(parts, card)]
-    adapters = [_teacher_size(parts, card, adapter) for card in parts.cards if not _has_own(parts, card)]
-    return (max(own, default=0) if parts.recipe.train.offload_teachers else sum(own)) + BYTES * sum(adapters)
-
-
-def _has_own(parts: Parts, card: TeacherCard) -> bool:
-    return card.form == "full" or (card.form == "lora" and parts.recipe.train.fuse_teachers)
-
-
-def _teacher_size(parts: Parts, card: TeacherCard, adapter: int) -> int:
-    """Numbers that a teacher adds; an adapter on the hub, whose size is not known yet, is taken to be `adapter`."""
-    if card.weights is None:
-        return 0
-    if card.hub_weights or _has_own(parts, card):
-        return parts.base.num_parameters() if _has_own(parts, card) else adapter
-    return sum(num_values(file) for file in weight_files(card.weights_path()))
-
-
-def _graph(parts: Parts, denoiser: nn.Module) -> int | None:
-    """Bytes that the backward of one state of one micro-batch needs; None for a pipeline that cannot be rehearsed."""
-    from diffopd.rehearsal import can_rehearse, rehearse
-
-    base, recipe = parts.base, parts.recipe
-    arguments = side_arguments(recipe.student, recipe.student.num_inference_steps)
-    if not can_rehearse(base, arguments):
-        return None
-    if recipe.train.gradient_checkpointing:
-        denoiser.train()
-        denoiser.enable_gradient_checkpointing()
-    scheduler = make_scheduler(recipe, base)
-    # Under train.mixed_precision activations are smaller than this: it is counted without autocast.
-    return rehearse(base, scheduler, arguments, batch_size=recipe.train.batch_size, trained=denoiser).graph_bytes
-
-
 def render(plan: Plan) -> RenderableType:
     """The plan as a person reads it."""
     from rich.console import Group
@@ -225,8 +144,8 @@ def render(plan: Plan) -> RenderableType:
     title = f"Plan of {plan.recipe.name} ({plan.recipe.path})"
     heading = f"Memory while training, frozen weights in {plan.recipe.train.frozen_dtype}"
     heading += "" if "graph of one state" in plan.memory else ", without activations"
-    heading += "" if plan.recipe.student.quantization == "none" else "; quantization would make less of the base"
-    return Group(Text(title, "bold"), facts, Text(""), teachers, Text(""), Text(heading, "bold"), memory)
+    unsure = [Text(f"  {sentence}") for sentence in plan.held.unsure]
+    return Group(Text(title, "bold"), facts, Text(""), teachers, Text(""), Text(heading, "bold"), memory, *unsure)
 
 
 def _facts(plan: Plan) -> list[tuple[str, str]]:
@@ -234,7 +153,8 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
     of_student, of_teachers = plan.evaluations_per_update
     what = f"LoRA, rank {student.rank}, alpha {student.lora_alpha}" if student.train == "lora" else "all weights"
     if student.init_weights:
-        what = f"LoRA that starts as {student.init_weights}"
+        rank = f", {plan.held.adapter}" if plan.held.adapter else ""
+        what = f"LoRA that starts as {student.init_weights}{rank}"
     if student.begin_from == "teacher_average":
         what += ", beginning as the average of its teachers"
     guidance = f"guidance {student.guidance_scale:g}"
@@ -248,6 +168,7 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
         ("base", f"{student.pretrained_model_name_or_path} ({plan.pipeline_class})"),
         ("walk", f"{student.num_inference_steps} steps of {_solver(plan)}, {guidance}"),
         *([("deployed", _deployed(plan))] if student.solver != "native" else []),
+        *([("scored", f"at {plan.recipe.scored_steps} steps")] if plan.recipe.evaluate.student_steps else []),
         ("timesteps", _numbers(plan.grid.timesteps if plan.grid else None, "g")),
         ("sigmas", _numbers(plan.grid.sigmas if plan.grid else None, ".3f")),
         ("objective", f"{objective.name}, query {objective.query}{substeps}, {objective.states} states"),

@@ -22,7 +22,7 @@ from diffopd.blueprint import (
 from diffopd.context import check_context, covers
 from diffopd.data import PromptRow, check_tasks, read_prompts
 from diffopd.errors import UserError, suggestion
-from diffopd.grid import Grid, check_walk
+from diffopd.grid import Grid, check_walk, grid_of, make_scheduler
 from diffopd.locate import PACKAGE, find_pipeline, nearest_sibling
 from diffopd.quantize import check_quantization, quantization_config
 from diffopd.recipe import Recipe
@@ -99,6 +99,7 @@ def check(recipe: Recipe, *, hash_weights: bool = False) -> Parts:
     if recipe.student.train == "lora" and not recipe.student.init_weights:
         lora_size(recipe, copy.deepcopy(base.meta_denoiser))
     _check_evaluation(recipe, test)
+    _check_scored_steps(recipe, base)
     hashes = _hashes(recipe, cards) if hash_weights else {}
     return Parts(recipe, base, cards, train, test, grid, hashes)
 
@@ -367,6 +368,23 @@ def _check_evaluation(recipe: Recipe, rows: dict[str, list[PromptRow]]) -> None:
                 f"{recipe.place('evaluate', 'num_prompts')}: num_prompts = {asked}, but teacher {name!r} has "
                 f"{len(held_out)} test prompts. Ask for at most {len(held_out)}, or give it more."
             )
+
+
+def _check_scored_steps(recipe: Recipe, base: Blueprint) -> None:
+    """The student can be called with the number of steps that it is to be scored at."""
+    steps, place = recipe.evaluate.student_steps, recipe.place("evaluate", "student_steps")
+    if steps is None:
+        return
+    given = sorted({"sigmas", "timesteps"} & set(recipe.student.call))
+    if given:
+        raise UserError(
+            f"{place}: student_steps = {steps} asks for another grid than student.call.{given[0]}, which gives the "
+            "student's step by step. Remove one of the two."
+        )
+    try:
+        grid_of(recipe, base, make_scheduler(recipe, base), steps)
+    except UserError as error:
+        raise UserError(f"{place}: the student cannot be called with student_steps = {steps}: {error}") from error
 
 
 def _check_teacher(recipe: Recipe, index: int, card: TeacherCard, base: Blueprint, *, shipped: bool) -> None:

@@ -268,12 +268,16 @@ class TrainSettings(Settings):
 
 
 class EvaluateSettings(Settings):
-    """What is scored after training: held-out prompts per task, seeds, and the base's guidance scales."""
+    """What is scored after training: held-out prompts per task, seeds, and the base's guidance scales.
+
+    student_steps: at how many steps the student is scored, and its teachers beside it; None means those of its walk.
+    """
 
     num_prompts: Count = 64
     batch_size: Count = 32
     seeds: list[CountOrZero] = [0]
     guidance_scales: list[PositiveOrZero] = [1.0]
+    student_steps: Annotated[int, Field(gt=0, le=1000)] | None = None
     teachers: bool = True
 
     @field_validator("seeds", "guidance_scales")
@@ -358,6 +362,11 @@ class Recipe(Settings):
     def source_text(self) -> str:
         """The file verbatim."""
         return self._source.text
+
+    @property
+    def scored_steps(self) -> int:
+        """At how many steps the student is scored."""
+        return self.evaluate.student_steps or self.student.num_inference_steps
 
     def place(self, *location: str | int) -> str:
         """'file:line' (or the --set option) that gave a key."""

@@ -1,4 +1,4 @@
-"""README's table of pipeline families, made of the results of tests/test_families.py. Run it after changing either.
+"""README's table of pipeline families, made of the results of two files of tests. Run it after changing them.
 
 Usage: scripts/families_table.py [--results JUNIT.xml ...]   (without files it runs the tests first)
 """
@@ -16,34 +16,40 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+CONTRACT = ("test_families.py", "test_export_families.py")
 BEGIN, END = "<!-- families -->", "<!-- /families -->"
 COLUMNS = {  # column -> the words that its tests' names contain
     "driven": ("driven_call", "surveyed_shape", "idle_denoiser"),
     "taught": ("held_teacher", "equal_to_the_student", "guidance_on_one_side", "streaming", "twenty_updates"),
     "bf16": ("bf16_weights", "autocast"),
-    "LoRA": ("exported_lora",),
-    "export": ("exported_folder",),
+    "LoRA": ("exported_lora", "own_lora_is_read_back"),
+    "export": ("exported_folder", "every_form_of_a_family"),
 }
 Results = dict[tuple[str, str], bool]  # (family, column) -> whether all of its tests passed
 
 
 def read_results(files: list[Path]) -> Results:
-    """The contract's outcome in JUnit files, of a test that is in several the last; untested pairs are absent.
+    """The contract's outcome in JUnit files, of a test that is in several the last; untested pairs are absent."""
+    cases = [case for file in files for case in ElementTree.parse(file).iter("testcase")]
+    failed = ("failure", "error", "skipped")
+    return results_of({c.attrib["name"]: not any(child.tag in failed for child in c) for c in cases})
+
+
+def results_of(outcomes: dict[str, bool]) -> Results:
+    """The contract's outcome from those of its tests, name with parameters -> whether it passed; skipped is failed.
 
     Results of tests that have been renamed or removed since count for nothing.
     """
     from families import FAMILIES, REFUSED
 
     names = sorted([*FAMILIES, *REFUSED], key=len, reverse=True)
-    contract = (ROOT / "tests" / "test_families.py").read_text(encoding="utf-8")
+    contract = "".join((ROOT / "tests" / name).read_text(encoding="utf-8") for name in CONTRACT)
     passed = defaultdict(list)
-    cases = {case.attrib["name"]: case for file in files for case in ElementTree.parse(file).iter("testcase")}
-    for full_name, case in cases.items():
+    for full_name, outcome in outcomes.items():
         title, _, identity = full_name.partition("[")
         if f"def {title}(" not in contract:
             continue
         family = next((name for name in names if identity.removesuffix("]").startswith(name)), None)
-        outcome = not any(child.tag in ("failure", "error", "skipped") for child in case)
         for column, words in COLUMNS.items():
             if family and any(word in title for word in words):
                 passed[family, column].append(outcome)
@@ -52,15 +58,13 @@ def read_results(files: list[Path]) -> Results:
     return {pair: all(outcomes) for pair, outcomes in passed.items()}
 
 
-def all_passed() -> Results:
-    """The results of a green run."""
-    from families import FAMILIES, REFUSED
-
-    green = {(row.name, column): True for row in FAMILIES.values() for column in COLUMNS}
-    for row in FAMILIES.values():
-        if not row.targets:
-            del green[row.name, "LoRA"]
-    return green | {(name, "taught"): True for name in REFUSED}
+def differences(results: Results, readme: str) -> list[str]:
+    """The rows that these results make and README does not have, and those that it has instead."""
+    made = block(results).splitlines()
+    found = re.search(f"{BEGIN}.*{END}", readme, re.DOTALL)
+    there = found.group(0).splitlines() if found else []
+    lines = [f"missing: {line}" for line in made if line not in there]
+    return lines + [f"not a result: {line}" for line in there if line not in made]
 
 
 def block(results: Results) -> str:
@@ -86,12 +90,13 @@ def _cells(row, results: Results) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--results", type=Path, nargs="+", help="JUnit files of tests/test_families.py")
+    parser.add_argument("--results", type=Path, nargs="+", help=f"JUnit files of {' and '.join(CONTRACT)}")
     files = parser.parse_args().results
     with tempfile.TemporaryDirectory() as folder:
         if files is None:
             files = [Path(folder) / "results.xml"]
-            command = [sys.executable, "-m", "pytest", "tests/test_families.py", f"--junitxml={files[0]}"]
+            tests = [f"tests/{name}" for name in CONTRACT]
+            command = [sys.executable, "-m", "pytest", *tests, f"--junitxml={files[0]}"]
             subprocess.run(command, cwd=ROOT, check=False)  # a failing test is a cell of the table
         table = block(read_results(files))
     readme = ROOT / "README.md"

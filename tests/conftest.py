@@ -11,6 +11,33 @@ sys.path.insert(0, str(Path(__file__).parent))
 import pytest  # noqa: E402
 import tiny  # noqa: E402
 
+OUTCOMES: dict[str, bool] = {}  # test of the families' contract -> whether it passed
+CONTRACT = ("test_families.py", "test_export_families.py")
+
+
+def pytest_runtest_logreport(report):
+    """Note how the tests of the families' contract end; with several processes the first one hears of all."""
+    path, _, name = report.nodeid.partition("::")
+    if path.endswith(CONTRACT) and (report.when == "call" or not report.passed):
+        OUTCOMES[name] = report.passed and OUTCOMES.get(name, True)
+
+
+def pytest_sessionfinish(session):
+    """README's table is what a session that ran the whole contract without a failure has seen, or the session fails."""
+    config = session.config
+    is_part = config.option.keyword or any("::" in arg for arg in config.args) or hasattr(config, "workerinput")
+    ran = [any(name.startswith(start) for name in OUTCOMES) for start in ("test_the_driven_call", "test_every_form_of")]
+    if is_part or session.testsfailed or not all(ran):
+        return
+    from test_families import ROOT, module_of
+
+    script = module_of("families_table")
+    wrong = script.differences(script.results_of(OUTCOMES), (ROOT / "README.md").read_text(encoding="utf-8"))
+    if wrong:
+        lines = ["README's table of families is not what these tests gave; run scripts/families_table.py:", *wrong]
+        config.pluginmanager.get_plugin("terminalreporter").write_line("\n" + "\n".join(lines), red=True)
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
 
 @pytest.fixture(scope="session")
 def tiny_sd(tmp_path_factory) -> Path:

@@ -1,14 +1,16 @@
 """Attention backends: taken by name where layers dispatch, refused where diffusers would accept them without effect."""
 
+from types import SimpleNamespace
+
 import diffusers
 import pytest
 import torch
-from cast import pipeline_with, scheduler_named
+from cast import arguments, pipeline_with, scheduler_named
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from test_distill import recipe_with, run_to_end
 
 from diffopd.attention import check_attention_backend, dispatches, proof_of_use, use_attention_backend
-from diffopd.drive import denoiser_of
+from diffopd.drive import Call, Walk, denoiser_of
 from diffopd.errors import UserError
 from diffopd.recipe import ATTENTION_BACKENDS
 
@@ -66,6 +68,41 @@ def test_a_dispatching_denoiser_really_uses_the_backend_and_no_other_model_does(
     if name != before.value:  # which every other model uses anyway
         with torch.no_grad(), pytest.raises(UserError, match="never called"), proof_of_use(name, denoiser):
             answer(other)
+
+
+def test_each_denoiser_must_call_the_backend_itself():
+    chosen, other = flux(), flux()
+    use_attention_backend(chosen, "_native_math")
+    with pytest.raises(UserError, match="never called"), torch.no_grad(), proof_of_use("_native_math", chosen, other):
+        answer(chosen), answer(other)
+    use_attention_backend(other, "_native_math")
+    with torch.no_grad(), proof_of_use("_native_math", chosen, other):
+        answer(chosen), answer(other)
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "flow euler"])
+def test_on_unets_and_sd3_the_calls_of_xformers_own_kernel_are_counted(scheduler, monkeypatch):
+    """Its kernel needs a GPU: torch's own stands in for it, behind the processors that diffusers has for xformers."""
+    from diffusers.models import attention_processor as processors
+
+    def kernel(query, key, value, attn_bias=None, **options):  # (B, L, [heads,] C)
+        heads = [x.transpose(1, 2) if x.ndim == 4 else x for x in (query, key, value)]
+        found = torch.nn.functional.scaled_dot_product_attention(*heads)
+        return found.transpose(1, 2) if query.ndim == 4 else found
+
+    monkeypatch.setattr(processors, "xformers", SimpleNamespace(ops=SimpleNamespace(memory_efficient_attention=kernel)))
+    pipeline = pipeline_with(scheduler_named(scheduler))
+    denoiser = denoiser_of(pipeline)
+    call = Call(pipeline, arguments(1, 2, pipeline=pipeline))
+    with pytest.raises(UserError, match="never called"), proof_of_use("xformers", denoiser), Walk(call) as walk:
+        walk.advance()
+    is_unet = scheduler == "ddim"
+    kind = processors.XFormersAttnProcessor if is_unet else processors.XFormersJointAttnProcessor
+    for module in denoiser.modules():
+        if hasattr(module, "set_processor"):
+            module.set_processor(kind())
+    with proof_of_use("xformers", denoiser), Walk(call) as walk:
+        walk.advance()
 
 
 def test_gradients_flow_through_a_chosen_backend():

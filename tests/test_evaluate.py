@@ -120,3 +120,22 @@ def test_the_recipes_number_of_steps_of_a_teacher_is_used(scored):
     assert {("teacher:dots", 12, 2.0), ("teacher:dots", 2, 2.0), ("teacher:lines", 8, 1.0)} <= settings
     assert ("teacher:dots", 8, 2.0) not in settings
     assert {steps for model, steps, _ in settings if model in ("base", "average")} == {12, 2}
+
+
+def test_a_student_is_scored_at_its_own_steps_unless_the_recipe_says_otherwise(tiny_recipe, tiny_pipeline, monkeypatch):
+    recipe = read_recipe(tiny_recipe, ["evaluate.student_steps=3"])
+    cards = [teacher_card(settings.name, recipe.path) for settings in recipe.teachers]
+    student = evaluation.student_contender(recipe, tiny_pipeline)
+    asked, call = [], type(tiny_pipeline.scheduler).set_timesteps
+
+    def set_timesteps(scheduler, count, **options):
+        asked.append(count)
+        return call(scheduler, count, **options)
+
+    monkeypatch.setattr(type(tiny_pipeline.scheduler), "set_timesteps", set_timesteps)
+    task = evaluation.tasks_of(cards, 2)[0]
+    found = next(evaluation.pictures(student, task.rows, task.name, 0, 2))
+    assert len(found) == 2 and set(asked) == {3} and student.key == ("student", 3, 1.0)
+    references = {c.key[:2] for c in evaluation.reference_contenders(recipe, cards) if c.model.startswith("teacher")}
+    assert references == {("teacher:dots", 8), ("teacher:dots", 3), ("teacher:lines", 8), ("teacher:lines", 3)}
+    assert evaluation.student_contender(read_recipe(tiny_recipe), tiny_pipeline).num_inference_steps == 2

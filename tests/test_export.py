@@ -158,6 +158,15 @@ def test_the_card_has_the_geometry_of_the_lora_that_was_trained_not_that_of_the_
     assert "| trained | LoRA, rank 2, alpha 4, starting as `lora` |" in card
 
 
+def test_the_card_says_at_how_many_steps_the_student_was_scored(trained):
+    exported = exported_as(trained)
+    assert "Its scores below are" not in cards_of.model_card(exported)
+    recipe = exported.recipe
+    other = recipe.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"student_steps": 40})})
+    other._source = recipe._source
+    assert "Its scores below are those of 40 steps" in cards_of.model_card(replace(exported, recipe=other))
+
+
 @pytest.mark.parametrize(
     ("student", "train", "said"),
     [

@@ -68,3 +68,9 @@ def test_the_grid_of_a_flow_pipeline_is_known_before_weights_and_depends_on_the_
 def test_a_pipeline_that_cannot_run_with_a_scheduler_is_refused(tiny_recipe):
     with pytest.raises(UserError, match="cannot be called like this with a FlowMatchEulerDiscreteScheduler"):
         check(read_recipe(tiny_recipe, [FLOW]))
+
+
+def test_a_student_whose_levels_are_listed_is_not_scored_at_another_number_of_steps(recipe):
+    listed = ("student.call={sigmas=[1.0, 0.5]}", "teachers.0.call={sigmas=[1.0, 0.5]}")
+    assert recipe(*listed) == recipe("evaluate.student_steps=8") == ""
+    assert "another grid than student.call.sigmas" in recipe("evaluate.student_steps=8", *listed)

@@ -1,5 +1,6 @@
 """Weights arrive whole or not at all."""
 
+import json
 import shutil
 
 import pytest
@@ -9,8 +10,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from diffopd.adapters import adapter_parameters
+from diffopd.assemble import assemble
 from diffopd.errors import UserError
 from diffopd.load import load_full_denoiser, load_lora, load_pipeline
+from diffopd.plan import make_plan
+from diffopd.preflight import check
+from diffopd.recipe import read_recipe
 from diffopd.teacher import teacher_card
 
 
@@ -142,3 +147,30 @@ def test_pickled_weights_are_never_loaded(tiny_sd, tmp_path):
     torch.save(tensors, folder / "unet" / "diffusion_pytorch_model.bin")
     with pytest.raises(UserError, match="cannot be loaded"):
         load_pipeline(str(folder))
+
+
+@pytest.fixture
+def checked_base(tiny_sd, tmp_path):
+    """A base with a safety checker that cannot be loaded: it lacks the feature extractor that a pipeline then wants."""
+    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+    from transformers import CLIPConfig
+
+    base = shutil.copytree(tiny_sd, tmp_path / "checked")
+    layer = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1}
+    config = CLIPConfig(text_config=layer, vision_config={**layer, "image_size": 8, "patch_size": 4}, projection_dim=8)
+    StableDiffusionSafetyChecker(config).save_pretrained(base / "safety_checker")
+    index = json.loads((base / "model_index.json").read_text())
+    index |= {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"], "requires_safety_checker": True}
+    (base / "model_index.json").write_text(json.dumps(index))
+    return base
+
+
+def test_training_loads_and_counts_no_safety_checker_and_everyone_else_keeps_it(checked_base, tiny_teachers, tmp_path):
+    recipe = read_recipe(tiny.write_recipe(tmp_path / "r.toml", checked_base, tiny_teachers))
+    student, teachers = assemble(recipe, "cpu")
+    pipelines = [student.pipeline, *(teacher.call.pipeline for teacher in teachers)]
+    assert all(pipeline.safety_checker is None for pipeline in pipelines)
+    memory = make_plan(check(recipe)).memory
+    assert "base vae" in memory and "base safety_checker" not in memory
+    with pytest.raises(ValueError, match="feature extractor"):  # so it was not left out
+        load_pipeline(str(checked_base))

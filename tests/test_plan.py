@@ -1,5 +1,8 @@
+from dataclasses import replace
+
 import pytest
 import tiny
+import torch
 from rich.console import Console
 
 from diffopd.blueprint import num_values
@@ -48,8 +51,6 @@ def test_the_grid_is_that_of_the_walk(tiny_recipe, tiny_pipeline):
 
 
 def test_the_graph_estimate_is_what_autograd_keeps(tiny_recipe, tiny_pipeline):
-    import torch
-
     from diffopd.adapters import add_adapter, freeze
 
     freeze(tiny_pipeline)
@@ -85,6 +86,61 @@ def test_memory_counts_teachers_and_averages(tiny_recipe, tiny_teachers):
     files = [folder / "pytorch_lora_weights.safetensors" for folder in tiny_teachers]
     assert memory["teachers"] == 4 * sum(map(num_values, files))
     assert memory["averages"] == memory["trained weights"]
+
+
+@pytest.mark.parametrize(
+    ("quantization", "bits"),
+    [
+        ("bnb-4bit", 4.5),
+        ("torchao-int8", 8),
+        ({"quant_backend": "quanto", "quant_kwargs": {"weights_dtype": "int2"}}, 2.5),
+        ({"quant_backend": "modelopt"}, None),
+    ],
+)
+def test_a_quantized_base_is_counted_in_its_bits(tiny_recipe, tiny_pipeline, quantization, bits):
+    parts = check(read_recipe(tiny_recipe))  # of which the package need not be installed here
+    student = parts.recipe.student.model_copy(update={"quantization": quantization})
+    told = make_plan(replace(parts, recipe=with_student(parts.recipe, student)))
+    linear = sum(m.weight.numel() for m in tiny_pipeline.unet.modules() if isinstance(m, torch.nn.Linear))
+    rest = sum(p.numel() for p in tiny_pipeline.unet.parameters()) - linear
+    assert told.memory["base unet"] == int(4 * rest + linear * (bits or 32) / 8)
+    assert told.memory["base text_encoder"] == plan(tiny_recipe).memory["base text_encoder"]
+    assert ("is not known here" if bits is None else f"at {bits:g} bits a weight") in shown(told)
+
+
+def test_components_that_a_table_names_are_counted_in_its_bits(tiny_recipe, tiny_pipeline):
+    table = {"quant_backend": "bitsandbytes_8bit", "components_to_quantize": ["unet", "text_encoder"]}
+    parts = check(read_recipe(tiny_recipe))
+    student = parts.recipe.student.model_copy(update={"quantization": table})
+    told = make_plan(replace(parts, recipe=with_student(parts.recipe, student)))
+    linear = sum(m.weight.numel() for m in tiny_pipeline.text_encoder.modules() if isinstance(m, torch.nn.Linear))
+    whole = plan(tiny_recipe).memory["base text_encoder"]
+    assert linear > 0 and told.memory["base text_encoder"] == whole - 3 * linear
+
+
+def with_student(recipe, student):
+    other = recipe.model_copy(update={"student": student})
+    other._source = recipe._source
+    return other
+
+
+def shown(told):
+    console = Console(width=200, record=True, file=open("/dev/null", "w"))
+    console.print(render(told))
+    return console.export_text()
+
+
+def test_a_lora_to_start_from_is_counted_at_its_own_rank(tiny_recipe, tiny_sd, tmp_path):
+    (tmp_path / "start").mkdir()
+    file = tiny.save_lora(tmp_path / "start", tiny_sd, rank=16, seed=0)
+    told, fresh = plan(tiny_recipe, f"student.init_weights={file}"), plan(tiny_recipe)
+    assert told.num_trained == num_values(file) == 8 * fresh.num_trained
+    assert told.memory["trained weights"] == 4 * told.num_trained
+    assert told.memory["graph of one state"] > fresh.memory["graph of one state"]
+    assert f"LoRA that starts as {file}, rank 16" in " ".join(shown(told).split())
+    hub = plan(tiny_recipe, "student.init_weights=owner/adapter")
+    assert hub.num_trained == fresh.num_trained
+    assert "owner/adapter is on the hub: it is taken to be a LoRA of rank 2" in shown(hub)
 
 
 def test_the_plan_reads_as_text(tiny_recipe):
@@ -125,3 +181,10 @@ def test_sizes_have_units():
         "1.0 KiB",
         "3.0 GiB",
     ]
+
+
+def test_a_number_of_steps_for_scoring_alone_is_shown(tiny_recipe, capsys):
+    for options, is_shown in (([], False), (["evaluate.student_steps=8"], True)):
+        Console(width=200).print(render(plan(tiny_recipe, *options)))
+        lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+        assert (["scored", "at", "8", "steps"] in lines) is is_shown

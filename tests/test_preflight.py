@@ -337,3 +337,9 @@ def test_a_family_without_adapters_is_told_so_before_weights_are_loaded(tmp_path
     card.write_text(card.read_text().replace('form = "base"', 'form = "lora"\nweights = "owner/adapter"'))
     text = refusal(path, "student.train=full")
     assert "takes no adapters in diffusers" in text and "teacher.toml:" in text
+
+
+def test_a_student_is_scored_only_at_a_number_of_steps_that_it_can_be_called_with(recipe_file):
+    check(read_recipe(recipe_file, ["evaluate.student_steps=8"]))
+    text = refusal(recipe_file, "evaluate.student_steps=60", 'student.scheduler={class="LCMScheduler"}')
+    assert "--set evaluate.student_steps=60: " in text and "LCMScheduler refuses 60 steps" in text
