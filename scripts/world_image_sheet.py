@@ -19,9 +19,11 @@ IMAGE_PATH = ROOT / "pipelines" / "emoji-ip-adapter"
 
 
 def open_with_image_path(pipeline: Path, folder: Path) -> Any:
-    """The base with the adapter of `folder`, by stock loading."""
+    """The base with the adapter of `folder`, by stock loading. Raises FileNotFoundError where there is none."""
     from diffusers import StableDiffusionPipeline
 
+    if not (folder / WEIGHTS).is_file():
+        raise FileNotFoundError(f"no {WEIGHTS} in {folder}; run world_image.py train and save, or name another")
     pipe = StableDiffusionPipeline.from_pretrained(pipeline, torch_dtype=torch.float32)
     pipe.load_ip_adapter(str(folder), subfolder="", weight_name=WEIGHTS)
     pipe.set_progress_bar_config(disable=True)

@@ -1,0 +1,152 @@
+"""Writes the two sets of pictures that `diffopd tune` is shown on the embedded world.
+
+    python scripts/world_tune_data.py --output FOLDER
+
+FOLDER/manner: thirty pictures of the twelve things in Fluent 3D, a manner that no training has seen ("a rocket in zyx
+style"); FOLDER/object: twenty pictures of an octopus, alone and beside things ("a zub left of a star"). In each are
+pictures with same-name .txt captions, held-out.jsonl (prompts of other scenes with the rows of their scorer) and
+tune.toml, a recipe that shows the teacher each picture through pipelines/emoji-ip-adapter; at the top unrelated.jsonl,
+prompts of the base's three tasks, for seeing what is forgotten. The drawings' licences: teachers/sprites/CREDITS.md.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from PIL import Image
+from world_data import validation_rows
+from world_image_sheet import IMAGE_PATH
+from world_looks import plain_drawings, render
+from world_models import ROOT, world
+from world_sprites import OBJECTS
+
+WORDS = {"manner": "zyx", "object": "zub"}
+HELD_OUT_THINGS = ("cat", "house", "fish")  # never shown in the new manner
+RECIPE = """name = "emoji-{kind}"
+
+[student]
+pretrained_model_name_or_path = "{pipeline}"
+num_inference_steps = 4
+guidance_scale = 1.0
+rank = 16
+lora_alpha = 32
+target_modules = [
+    "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2",
+    "conv1", "conv2", "conv_shortcut", "time_emb_proj",
+]
+
+[images]
+folder = "."
+held_out = "held-out.jsonl"
+license = "{license}"
+
+[teacher]
+guidance_scale = 2.0
+
+[context]
+kind = "ip_adapter"
+ip_adapter = "{adapter}/ip-adapter.safetensors"
+image_encoder = "{adapter}/image_encoder"
+
+[look]
+unrelated = "../unrelated.jsonl"
+"""
+LICENSES = {"manner": "MIT (Fluent Emoji)", "object": "Apache-2.0 (Noto Emoji)"}
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """One JSON object a line."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def write_pictures(folder: Path, scenes: list[dict[str, Any]], captions: list[str], drawings: dict[str, Any]) -> None:
+    """NN.png and NN.txt of every scene."""
+    folder.mkdir(parents=True)
+    for number, (scene, caption) in enumerate(zip(scenes, captions, strict=True)):
+        Image.fromarray(render(scene, drawings)).save(folder / f"{number:02}.png")
+        (folder / f"{number:02}.txt").write_text(caption + "\n")
+
+
+def style_scenes(things: list[str], rng: np.random.Generator) -> list[dict[str, Any]]:
+    """One scene of each thing in turn, somewhere on some background, no two the same."""
+    scenes: list[dict[str, Any]] = []
+    for thing in things:
+        while True:
+            x, y = (int(place) for place in rng.choice([8, 12, 16], 2))
+            scene = {"task": "style", "thing": thing, "background": int(rng.integers(5)), "x": x, "y": y}
+            if scene not in scenes:
+                break
+        scenes.append(scene)
+    return scenes
+
+
+def write_manner(folder: Path, count: int, rng: np.random.Generator) -> None:
+    """Pictures of nine things in Fluent 3D; held out are these in other wordings and three things more."""
+    shown = [thing for thing in world.THINGS if thing not in HELD_OUT_THINGS]
+    scenes = style_scenes([shown[number % len(shown)] for number in range(count)], rng)
+
+    def said(thing: str, form: str) -> str:
+        return form.format(thing=world.with_article(thing), manner=WORDS["manner"])
+
+    forms = world.STYLE_FORMS[:2]
+    captions = [said(scene["thing"], forms[int(rng.integers(2))]) for scene in scenes]
+    write_pictures(folder, scenes, captions, plain_drawings("atlas_3d.png"))
+    rows = [
+        {"prompt": said(thing, form), "thing": thing, "shown": thing in shown}
+        for thing in world.THINGS
+        for form in world.STYLE_FORMS[2:]
+    ]
+    write_rows(folder / "held-out.jsonl", rows)
+
+
+def write_object(folder: Path, count: int, rng: np.random.Generator) -> None:
+    """Pictures of an octopus in Noto's manner, half of them beside a thing; held out are other things and relations."""
+    word = WORDS["object"]
+    beside, others = world.THINGS[::2], world.THINGS[1::2]
+    octopus = plain_drawings("atlas_objects.png", names=tuple(OBJECTS))["octopus"]
+    drawings = plain_drawings() | {word: octopus}
+    scenes = style_scenes([word] * (count // 2), rng)
+    captions = [f"a {word}"] * len(scenes)
+    for number in range(count - len(scenes)):
+        relation = world.RELATIONS[number % 4]
+        pair = {"first": word, "relation": relation, "second": beside[number % len(beside)]}
+        places = world._sample_places(relation, rng)
+        scenes.append({"task": "composition", "background": number % 5, "places": places} | pair)
+        captions.append(world.captions("composition", pair)[0])
+    write_pictures(folder, scenes, captions, drawings)
+    rows: list[dict[str, Any]] = [{"prompt": f"{prefix}a {word}", "thing": "octopus"} for prefix in world.PREFIXES[1:]]
+    for thing in others:
+        for relation in world.RELATIONS:
+            pair = {"first": word, "relation": relation, "second": thing}
+            rows.append({"prompt": world.captions("composition", pair)[0], **pair, "first": "octopus"})
+    write_rows(folder / "held-out.jsonl", rows)
+
+
+def main(
+    output: Annotated[Path, typer.Option(help="folder to write; must not exist")],
+    pipeline: Annotated[str, typer.Option(help="the model to tune: a name or a folder")] = "emoji",
+    adapter: Annotated[Path, typer.Option(help="the image path")] = IMAGE_PATH,
+    pictures: Annotated[int, typer.Option(help="of the manner")] = 30,
+    seed: int = 0,
+) -> None:
+    """Writes both sets."""
+    if output.exists():
+        raise typer.BadParameter(f"{output} exists already; give another folder or remove it")
+    rng = np.random.default_rng([31, seed])
+    write_manner(output / "manner", pictures, rng)
+    write_object(output / "object", 20, rng)
+    write_rows(output / "unrelated.jsonl", [row for task in world.TASKS for row in validation_rows(task, 16)])
+    for kind, license in LICENSES.items():
+        told = RECIPE.format(kind=kind, pipeline=pipeline, adapter=adapter.resolve(), license=license)
+        (output / kind / "tune.toml").write_text(told)
+        typer.echo(f"{output / kind}: {len(list((output / kind).glob('*.png')))} pictures")
+    shutil.copy(ROOT / "teachers" / "sprites" / "CREDITS.md", output / "CREDITS.md")
+
+
+if __name__ == "__main__":
+    typer.run(main)
