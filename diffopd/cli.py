@@ -73,10 +73,15 @@ def distill(
 
 @app.command()
 def tune(
-    recipe: Annotated[str | None, typer.Argument(help="A tuning recipe (.toml).")] = None,
+    recipe: Annotated[
+        str | None, typer.Argument(help="A shipped tuning recipe's name, or the path of a .toml file.")
+    ] = None,
     model: Annotated[str | None, typer.Option(help="A few-step pipeline: shelf name, folder or hub id.")] = None,
     images: Annotated[
         str | None, typer.Option(help="A folder of pictures with captions (.txt or metadata.jsonl), or a .jsonl file.")
+    ] = None,
+    method: Annotated[
+        str | None, typer.Option(help="d-opsd (default), or to compare with it: sft, dreambooth.")
     ] = None,
     overrides: Annotated[
         list[str] | None,
@@ -95,26 +100,31 @@ def tune(
     ] = False,
 ) -> None:
     """Teach a few-step model new pictures so that it keeps its few steps. To resume, give the same command again."""
+    from diffopd.features import check_features
     from diffopd.tune import TASK, facts, prepare, task_written
     from diffopd.tune_recipe import quoted, read_tune_recipe
 
     options = _options(overrides, output_dir)
     options += [f"images.instance_prompt={quoted(instance_prompt)}"] if instance_prompt is not None else []
+    options += [f"method={quoted(method)}"] if method is not None else []
     asked = read_tune_recipe(recipe, model, images, options)
     if dry_run:
         import tempfile
 
         with tempfile.TemporaryDirectory() as place:
-            tuning = prepare(asked, Path(place) / TASK)
+            tuning = prepare(asked, Path(place) / TASK, shipped=True)
             with task_written(tuning):
                 _show_facts(facts(tuning))
                 _show_plan(tuning.recipe)
         return
+    check_features(asked)
     tuning = prepare(asked)
     with task_written(tuning):
         _show_facts(facts(tuning))
         from diffopd.looks import begin_looking
+        from diffopd.prior import draw_prior
 
+        draw_prior(tuning, typer.echo)
         _train(tuning.recipe, processes, begin_looking(tuning, force=force))
 
 
@@ -236,7 +246,7 @@ def teachers() -> None:
     from rich.table import Table
 
     from diffopd.data import read_prompts
-    from diffopd.locate import recipe_names, shelf, teacher_names
+    from diffopd.locate import recipe_names, shelf, teacher_names, tune_recipe_names
     from diffopd.teacher import teacher_card
 
     table = Table("teacher", "form", "base", "guidance", "steps", "prompts (train, test)", "license", box=None)
@@ -247,7 +257,7 @@ def teachers() -> None:
         table.add_row(name, card.form, card.base, *numbers, prompts, card.license)
     console = Console()
     console.print(table)
-    console.print(f"\nrecipes: {', '.join(recipe_names())}")
+    console.print(f"\nrecipes: {', '.join(recipe_names())}\ntuning recipes: {', '.join(tune_recipe_names())}")
 
 
 def _show_scores(file: Path) -> None:

@@ -116,7 +116,8 @@ def reference_contenders(recipe: Recipe, cards: list[TeacherCard]) -> list[Conte
         if card.form == "lora":
             load_lora(base, card, adapter_name=card.name)
     switch = AdapterSwitch(denoiser_of(base))
-    steps = max(map(own_steps, recipe.teachers, cards))
+    asked = [own_steps(*pair) for pair in zip(recipe.teachers, cards, strict=True) if pair[1].form != "pictures"]
+    steps = max(asked, default=recipe.student.num_inference_steps)
     told = {**recipe.student.call}
     found = [
         Contender("base", Call(shell(base), told, lambda: switch.bound(None)), steps, scale)

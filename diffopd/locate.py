@@ -73,6 +73,24 @@ def recipe_names() -> list[str]:
     )
 
 
+def tune_recipe_names() -> list[str]:
+    """The tuning recipes on the shelf."""
+    return sorted(path.stem for path in (shelf("teachers") / "tune").glob("*.toml"))
+
+
+def find_tune_recipe(name: str) -> Path:
+    """A tuning recipe's file by shelf name or path. Raises UserError for a name that is not on the shelf."""
+    if name.endswith(".toml") or is_path(name):
+        return Path(name).expanduser().absolute()
+    file = shelf("teachers") / "tune" / f"{name}.toml"
+    if not file.is_file():
+        raise UserError(
+            f'There is no shipped tuning recipe "{name}".{suggestion(name, tune_recipe_names())} '
+            "For your own recipe give the path of its .toml file."
+        )
+    return file
+
+
 def find_recipe(name: str) -> Path:
     """A recipe file by shelf name, path of a .toml file, or path of a folder with a distill.toml.
 

@@ -14,16 +14,20 @@ from typing import TYPE_CHECKING
 from PIL import Image
 from rich.console import Console
 
+from diffopd.blueprint import read_blueprint
 from diffopd.closeness import distance
+from diffopd.cost import measure_cost, told
 from diffopd.data import read_prompts
-from diffopd.drawing import draw, grid, mean, sharpness
+from diffopd.data_states import can_encode, cannot_encode
+from diffopd.drawing import draw, embeddings, grid, mean, sharpness
 from diffopd.errors import UserError
+from diffopd.features import Features, check_features, kid, load_features, nearest_cosine
 from diffopd.image_file import picture
 from diffopd.metrics import diversity
 from diffopd.run_folder import RunFolder
 from diffopd.teacher_check import check_teacher, not_step_distilled
-from diffopd.tune import Tuning
-from diffopd.tune_recipe import LookSettings
+from diffopd.tune import Tuning, unguided
+from diffopd.tune_recipe import LookSettings, NoisingSettings
 
 if TYPE_CHECKING:
     from diffopd.distill import Run
@@ -50,6 +54,7 @@ class Looks:
     folder: RunFolder
     pictures: list[Path]
     reason: str | None = None
+    features: Features = Features()
     _before: dict[str, list[Image.Image]] = field(default_factory=dict)
 
     @property
@@ -78,11 +83,34 @@ class Looks:
     def look(self, run: Run, update: int) -> dict[str, float]:
         """Numbers of this moment; also writes looks/NUMBER.png, the model as it began beside what it is now."""
         now = {what: self._draw(run, prompts) for what, prompts in self._prompts(run).items()}
-        values = compare(self._before, now, [picture(file) for file in self.pictures])
+        pictures = [picture(file) for file in self.pictures]
+        values = compare(self._before, now, pictures)
+        for suffix, drawn in (("", now), ("_before", self._before)):
+            found = self._in_features(run, drawn["subject"], pictures)
+            values |= {f"{name}{suffix}": value for name, value in found.items()}
         self.reason = self._why_stop(values)
         if run.processes.is_main:
             pairs = [pair for what in now for pair in zip(self._before[what], now[what], strict=True)]
             grid(pairs, ["before", "now"]).save(self.folder.path / "looks" / f"{update:06d}.png")
+        return values
+
+    def _in_features(self, run: Run, drawn: list[Image.Image], pictures: list[Image.Image]) -> dict[str, float]:
+        """Of drawings of the subject: cosine to the nearest picture, to their own prompt, KID to the pictures.
+
+        KID is in the features of DINO, else of the IP-Adapter's image encoder, else of CLIP.
+        """
+        values, spaces, prompts = {}, [], self._prompts(run)["subject"]
+        if self.features.dino:
+            spaces.append([self.features.of_dino(images) for images in (drawn, pictures)])
+            values["dino"] = nearest_cosine(*spaces[0])
+        seen = [embeddings(run.teachers[0].call.pipeline, images) for images in (drawn, pictures)]
+        spaces += [seen] if seen[0] is not None else []
+        if self.features.clip:
+            own, texts = self.features.of_clip(drawn, prompts)
+            values["clip"] = float((own * texts).sum(1).mean())
+            spaces.append([own, self.features.of_clip(pictures, prompts[:1] * len(pictures))[0]])
+        if spaces and min(len(drawn), len(pictures)) > 1:
+            values["kid"] = kid(*spaces[0])
         return values
 
     def _prompts(self, run: Run) -> dict[str, list[str]]:
@@ -117,16 +145,29 @@ def begin_looking(tuning: Tuning, *, force: bool) -> Callable[[Run, bool], None]
 
     def begin(run: Run, is_new: bool) -> None:
         folder = RunFolder(Path(run.recipe.output_dir))
-        if is_new:
+        if is_new and not tuning.asked.is_given:
             verdict = check_teacher(run, folder, force=force)
             warning = not_step_distilled(verdict, run.recipe.student.num_inference_steps)
-            if warning and run.processes.is_main:
-                Console(stderr=True).print(f"Warning: {warning}", style="yellow")
+            console = Console(stderr=True, quiet=not run.processes.is_main)
+            if warning:
+                console.print(f"Warning: {warning}", style="yellow")
+            _tell_cost(run, folder, tuning, console)
         if tuning.asked.look.every:
             run.looks = Looks(tuning.asked.look, folder, [picture.path for picture in tuning.pictures])
+            run.looks.features = load_features(check_features(tuning.asked), run.device)
             run.looks.begin(run, is_new=is_new)
 
     return begin
+
+
+def _tell_cost(run: Run, folder: RunFolder, tuning: Tuning, console: Console) -> None:
+    base = read_blueprint(run.recipe.student.pretrained_model_name_or_path)
+    if not can_encode(base.pipeline_class, base.configs["vae"]["_class_name"]):
+        console.print(f"Cost against fine-tuning: not measured. {cannot_encode(base.pipeline_class)}")
+        return
+    noising = NoisingSettings()
+    cost = measure_cost(run, folder, unguided(tuning.asked, base), noising.num_levels)
+    console.print(told(cost))
 
 
 def compare(

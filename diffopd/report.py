@@ -69,6 +69,7 @@ def page_context(folder: RunFolder) -> dict[str, Any]:
         "held_out": charts.line_chart(loss_lines(checks, colors), smooth=False, dots=True),
         "grid": picture_grid(folder.path),
         "looks": looks(folder.path, metrics),
+        "cost": cost(folder.path),
         "trajectories": trajectories(folder.path),
         "timing": timing(updates),
         "interval_bar": charts.interval_bar,
@@ -254,6 +255,21 @@ def looks(run: Path, metrics: list[Row]) -> Row | None:
     grids = {"check_picture": ("teacher-check.png", check is not None), "picture": (last, bool(rows))}
     shown = {key: picture(run, file, LARGEST_GRID) if is_there else None for key, (file, is_there) in grids.items()}
     return {"chart": charts.line_chart(lines, smooth=False, dots=True), "rows": rows, "check": check, **shown}
+
+
+def cost(run: Path) -> Row | None:
+    """Seconds per picture and stage of a tuning run and of ordinary fine-tuning, None where they were not timed."""
+    found = read_json(run / "cost.json")
+    if found is None:
+        return None
+    sides = [found["own"], found["sft"]]
+    stages = [stage for stage in dict.fromkeys([*STAGES, *sides[0], *sides[1]]) if any(stage in side for side in sides)]
+    sums = [sum(side.values()) for side in sides]
+    return {
+        "rows": [(stage, *(side.get(stage) for side in sides)) for stage in stages],
+        "sums": sums,
+        "times": sums[0] / sums[1] if sums[1] else None,
+    }
 
 
 def trajectories(run: Path) -> dict[str, list[Row]]:

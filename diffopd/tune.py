@@ -1,7 +1,8 @@
 """Tune: a few-step model learns from a folder of pictures and keeps its few steps (D-OPSD, arXiv:2605.05204).
 
 Nothing here trains. The pictures become a task folder (a teacher's card, prompts that name pictures), and the run a
-recipe of the one loop: the student's own call on text, taught by its average under a richer context.
+recipe of the one loop: the student's own call on text, taught by its average under a richer context. The baselines
+are recipes of the same loop, in which pictures teach: noised, without a network.
 """
 
 from __future__ import annotations
@@ -27,17 +28,23 @@ from diffopd.tune_recipe import TuneRecipe
 
 TASK = "task"  # the folder inside a run's that holds its task
 ITSELF = "itself"
+GIVEN = "pictures"
+PRIOR = "prior"  # the teacher of dreambooth's second task, and its folder inside the task's
+FEW_STEPS = 8  # nothing but a step-distilled model is deployed with so few
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """A checked tuning run. task: file name -> text of the task's folder; recipe: what the loop runs."""
+    """A checked tuning run. task: file name -> text of the task's folder; recipe: what the loop runs.
+
+    context: what the teacher sees, None where pictures teach.
+    """
 
     asked: TuneRecipe
     recipe: Recipe
     pictures: list[Picture]
     buckets: list[Size]
-    context: ContextSettings
+    context: ContextSettings | None
     task: dict[str, str]
 
     @property
@@ -46,23 +53,26 @@ class Tuning:
         return Path(self.recipe.teachers[0].name)
 
 
-def prepare(asked: TuneRecipe, task_folder: Path | None = None) -> Tuning:
+def prepare(asked: TuneRecipe, task_folder: Path | None = None, *, shipped: bool = False) -> Tuning:
     """Read the pictures and make the loop's recipe; nothing is written.
 
-    task_folder: where the task will lie (default: in the output folder). Raises UserError for any mistake in the
+    task_folder: where the task will lie (default: in the output folder). shipped: of a base on the hub take the configs
+    that come with diffopd, which are enough for a plan. Raises UserError for any mistake in the
     pictures, a context that the pipeline cannot take, or settings that do not fit.
     """
     name = asked.student.pretrained_model_name_or_path
     try:
-        base = read_blueprint(name)
+        base = read_blueprint(name, shipped=shipped)
     except UserError as error:
         raise UserError(f"{asked.place('student', 'pretrained_model_name_or_path')}: {error}") from error
     pictures = read_pictures(asked.images.folder, asked.images.instance_prompt)
-    context = asked.context_for(base.pipeline_class, is_enhanced=all(p.enhanced for p in pictures))
+    context = None
+    if not asked.is_given:
+        context = asked.context_for(base.pipeline_class, is_enhanced=all(p.enhanced for p in pictures))
     buckets = _buckets(asked, base, pictures)
     folder = task_folder or Path(asked.output_dir).absolute() / TASK
     recipe = from_resolved(_resolved(asked, base, context, folder), asked.source)
-    return Tuning(asked, recipe, pictures, buckets, context, _task(asked, base, pictures, buckets))
+    return Tuning(asked, recipe, pictures, buckets, context, _task(asked, folder, pictures, buckets))
 
 
 def write_task(tuning: Tuning) -> bool:
@@ -93,6 +103,7 @@ def write_task(tuning: Tuning) -> bool:
 
 def _refuse_foreign(folder: Path, own: set[str]) -> None:
     held = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+    held = [path for path in held if not path.is_relative_to(f"{PRIOR}/pictures")]
     foreign = next((path for path in held if path.as_posix() not in own and path.parent.name != "__pycache__"), None)
     if foreign:
         raise UserError(
@@ -127,15 +138,47 @@ def facts(tuning: Tuning) -> list[tuple[str, str]]:
     return [
         ("pictures", f"{len(pictures)} from {asked.images.folder}"),
         ("sizes", "; ".join([shapes, *notes])),
-        ("teacher", _who(asked)),
-        ("its context", tuning.context.kind.replace("_", " ")),
-        ("objective", WEIGHTS.get(asked.objective.name, asked.objective.name)),
+        ("method", MANNERS[asked.method]),
+        *(_given_facts(tuning) if asked.is_given else _teacher_facts(tuning)),
     ]
 
 
+def _teacher_facts(tuning: Tuning) -> list[tuple[str, str]]:
+    name = tuning.recipe.objective.name
+    return [
+        ("teacher", _who(tuning.asked)),
+        ("its context", tuning.context.kind.replace("_", " ")),
+        ("objective", WEIGHTS.get(name, name)),
+    ]
+
+
+def _given_facts(tuning: Tuning) -> list[tuple[str, str]]:
+    asked, recipe = tuning.asked, tuning.recipe
+    steps, guidance = asked.student.num_inference_steps, recipe.teachers[0].guidance_scale
+    found = [("levels", f"{asked.noising.num_levels}, a picture's drawn evenly among them; guidance {guidance:g}")]
+    if asked.method == "dreambooth":
+        prior = asked.prior
+        calls = f"{prior.num_pictures * steps} network calls"
+        found.append(("prior", f"{prior.num_pictures} pictures of {prior.class_prompt!r}, drawn first ({calls})"))
+    if steps <= FEW_STEPS:
+        found.append(("warning", MUSH.format(steps=steps)))
+    return found
+
+
+MANNERS = {
+    "d-opsd": "D-OPSD: on the student's own walk, against its richer self",
+    "sft": "SFT: noised pictures, the loss that the base was trained with",
+    "dreambooth": "DreamBooth: SFT, and as many pictures of the class that the untouched model drew",
+}
+MUSH = (
+    "fine-tune a step-distilled model in the ordinary way and its {steps}-step images turn to mush: noised pictures "
+    "are not the states that it visits, and the loss pulls it back to a many-step model. This method is here to "
+    "compare with; d-opsd keeps the steps"
+)
 WEIGHTS = {
     "denoised": "denoised (sigma^2 times the velocity's: high noise weighs most; D-OPSD's released code)",
     "velocity": "velocity (every state alike; D-OPSD's paper)",
+    "positive_direction": "positive_direction (the answer with the prompt and the direction of guidance, each alone)",
 }
 
 
@@ -157,16 +200,21 @@ def _buckets(asked: TuneRecipe, base: Blueprint, pictures: list[Picture]) -> lis
     return [nearest_bucket(picture.size, sizes) for picture in pictures]
 
 
-def _resolved(asked: TuneRecipe, base: Blueprint, context: ContextSettings, folder: Path) -> dict[str, Any]:
+def _resolved(asked: TuneRecipe, base: Blueprint, context: ContextSettings | None, folder: Path) -> dict[str, Any]:
     """The loop's recipe as a dict. A resolution that was asked for is the deployment's, too."""
-    teacher, size = asked.teacher, asked.images.resolution
-    whole = asked.model_dump(mode="json", exclude={"images", "teacher", "context", "look"}, exclude_unset=True)
-    call = asked.student.call
+    size, call = asked.images.resolution, asked.student.call
+    whole = asked.model_dump(
+        mode="json", exclude=set(TuneRecipe.model_fields) - set(Recipe.model_fields), exclude_unset=True
+    )
     if size:
         side = size // bucket_step(base) * bucket_step(base)
         whole["student"]["call"] = call = {"width": side, "height": side} | call
     own = asked.student.guidance_scale
     whole.setdefault("evaluate", {}).setdefault("guidance_scales", [own])
+    if context is None:
+        whole["objective"].setdefault("name", _own_loss(asked, base))
+        return whole | {"teachers": _given(asked, base, call, folder)}
+    teacher = asked.teacher
     taught = {
         "name": str(folder),
         "guidance_scale": own if teacher.guidance_scale is None else teacher.guidance_scale,
@@ -178,7 +226,45 @@ def _resolved(asked: TuneRecipe, base: Blueprint, context: ContextSettings, fold
     return whole | {"teachers": [taught]}
 
 
-def _task(asked: TuneRecipe, base: Blueprint, pictures: list[Picture], buckets: list[Size]) -> dict[str, str]:
+def _given(asked: TuneRecipe, base: Blueprint, call: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
+    """The pictures as teachers: the user's own, and under dreambooth those of the class."""
+    shared = {
+        "guidance_scale": unguided(asked, base)
+        if asked.noising.guidance_scale is None
+        else asked.noising.guidance_scale,
+        "num_inference_steps": asked.noising.num_levels,
+        "call": call,
+    }
+    prior = {"name": str(folder / PRIOR), "weight": asked.prior.weight, **shared}
+    return [{"name": str(folder), **shared}, *([prior] if asked.method == "dreambooth" else [])]
+
+
+def _own_loss(asked: TuneRecipe, base: Blueprint) -> str:
+    """What the base was trained with: the noise's square where it predicts the noise, else the velocity's."""
+    from diffopd.grid import make_scheduler, path_name
+
+    scheduler = make_scheduler(asked, base)
+    is_noise = path_name(scheduler) == "vp" and scheduler.config.get("prediction_type", "epsilon") == "epsilon"
+    return "noise" if is_noise else "velocity"
+
+
+def unguided(asked: TuneRecipe, base: Blueprint) -> float:
+    """The student's own guidance where it costs nothing (a network that is told it), else the scale that is none."""
+    from diffopd.grid import make_scheduler
+    from diffopd.rehearsal import can_rehearse, rehearse
+
+    own = asked.student.guidance_scale
+    if not can_rehearse(base, asked.student.call):
+        return min(own, 1.0)
+    call = {key: value for key, value in asked.student.call.items() if key not in ("timesteps", "sigmas")}
+    for scale in dict.fromkeys((own, 1.0, 0.0)):
+        told = {"num_inference_steps": 2, "guidance_scale": scale, **call}
+        if rehearse(base, make_scheduler(asked, base), told).rows[0] == 1:
+            return scale
+    return min(own, 1.0)
+
+
+def _task(asked: TuneRecipe, folder: Path, pictures: list[Picture], buckets: list[Size]) -> dict[str, str]:
     rows = []
     for picture, bucket in zip(pictures, buckets, strict=True):
         row = {"prompt": picture.caption, "file_name": str(picture.path), "bucket": list(bucket)}
@@ -188,20 +274,37 @@ def _task(asked: TuneRecipe, base: Blueprint, pictures: list[Picture], buckets: 
         held_out = [row.prompt for row in read_prompts(asked.images.held_out)]
     else:
         held_out = list(dict.fromkeys(picture.caption for picture in pictures))
+    form = "pictures" if asked.is_given else "base" if asked.teacher.weights == "frozen" else "ema"
+    name = GIVEN if asked.is_given else ITSELF
+    task = _one_task(_card(asked, name, form), rows, held_out)
+    if asked.method == "dreambooth":
+        drawn = prior_files(folder, asked.prior.num_pictures)
+        rows = [{"prompt": asked.prior.class_prompt, "file_name": str(file), "is_drawn": True} for file in drawn]
+        prior = _one_task(_card(asked, PRIOR, form), rows, [asked.prior.class_prompt])
+        task |= {f"{PRIOR}/{file}": text for file, text in prior.items()}
+    return task
+
+
+def prior_files(folder: Path, num_pictures: int) -> list[Path]:
+    """Where the pictures of the class lie that the untouched model draws; folder: the task's."""
+    return [folder / PRIOR / "pictures" / f"{number:04d}.png" for number in range(num_pictures)]
+
+
+def _one_task(card: str, rows: list[dict[str, Any]], held_out: list[str]) -> dict[str, str]:
     return {
-        "teacher.toml": _card(asked),
+        "teacher.toml": card,
         "prompts/train.jsonl": _lines(rows),
         "prompts/test.jsonl": _lines([{"prompt": prompt} for prompt in held_out]),
         "closeness.py": Path(closeness.__file__).read_text(encoding="utf-8"),
     }
 
 
-def _card(asked: TuneRecipe) -> str:
+def _card(asked: TuneRecipe, name: str, form: str) -> str:
     student = asked.student
     settings = {
-        "name": ITSELF,
+        "name": name,
         "base": student.pretrained_model_name_or_path,
-        "form": "base" if asked.teacher.weights == "frozen" else "ema",
+        "form": form,
         "guidance_scale": student.guidance_scale,
         "num_inference_steps": student.num_inference_steps,
         "reward": "closeness.py:closeness",

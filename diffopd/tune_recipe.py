@@ -7,11 +7,11 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, PrivateAttr
+from pydantic import Field, PrivateAttr, model_validator
 
-from diffopd.context import ContextSettings, Kind, check_context, choose_kind
+from diffopd.context import NETWORK, ContextSettings, Kind, check_context, choose_kind
 from diffopd.errors import UserError
-from diffopd.locate import absolute
+from diffopd.locate import absolute, find_tune_recipe
 from diffopd.overrides import apply_override
 from diffopd.recipe import (
     Called,
@@ -29,9 +29,9 @@ from diffopd.settings import Location, Settings, Source, key_lines, read_toml, v
 
 FOLLOWED = 0.18  # of the way to the student, by the end of a run: 1 - .9999^2000, D-OPSD's best (arXiv:2605.05204)
 COMMAND_LINE = Path("command line")
+METHODS = Literal["d-opsd", "sft", "dreambooth"]
 DEFAULTS: dict[str, dict[str, Any]] = {
     "student": {"rank": 64, "lora_alpha": 128},
-    "objective": {"name": "denoised"},
     "train": {"learning_rate": 1e-4, "batch_size": 4, "max_train_steps": 2000},
 }
 
@@ -63,11 +63,38 @@ class ContextChoice(Settings):
     ip_adapter: str | None = None
     image_encoder: str | None = None
     scale: Annotated[float, Field(gt=0, le=2)] | None = None
+    vision_language: str | None = None
+
+
+class NoisingSettings(Settings):
+    """How pictures are noised under "sft" and "dreambooth": to levels drawn evenly from the scheduler's own grid.
+
+    guidance_scale: at which the student answers; None is its own, or none where its own takes a second evaluation.
+    """
+
+    num_levels: Annotated[int, Field(gt=0, le=1000)] = 50
+    guidance_scale: PositiveOrZero | None = None
+
+
+class PriorSettings(Settings):
+    """Prior preservation (DreamBooth, arXiv:2208.12242): pictures that the untouched model draws of the class.
+
+    weight: of their loss, the pictures' own being 1.
+    """
+
+    class_prompt: str | None = None
+    num_pictures: Count = 100
+    weight: Positive = 1.0
 
 
 class LookSettings(Settings):
-    """What is looked at while training; every = 0 never looks. unrelated: a prompt file."""
+    """What is looked at while training; every = 0 never looks. unrelated: a prompt file.
 
+    dino, clip: networks to measure in, each a folder or hub id as transformers saves it.
+    """
+
+    dino: str | None = None
+    clip: str | None = None
     every: CountOrZero = 100
     num_prompts: Count = 8
     unrelated: str | None = None
@@ -81,15 +108,50 @@ class TuneRecipe(Settings):
     name: Name
     seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
     output_dir: str
+    method: METHODS = "d-opsd"
     student: StudentSettings
     images: ImageSettings
     teacher: SelfTeacherSettings = SelfTeacherSettings()
     context: ContextChoice = ContextChoice()
+    noising: NoisingSettings = NoisingSettings()
+    prior: PriorSettings = PriorSettings()
     objective: ObjectiveSettings
     train: TrainSettings
     evaluate: EvaluateSettings = EvaluateSettings()
     look: LookSettings = LookSettings()
     _source: Source = PrivateAttr()
+
+    @model_validator(mode="after")
+    def _fits_the_method(self) -> TuneRecipe:
+        others = {
+            "d-opsd": ("noising", "prior"),
+            "sft": ("teacher", "context", "prior"),
+            "dreambooth": ("teacher", "context"),
+        }
+        unused = next((key for key in others[self.method] if key in self.model_fields_set), None)
+        if unused:
+            raise ValueError(f'[{unused}] has no effect on method = "{self.method}". Remove it, or change the method.')
+        if self.teacher.weights == "frozen" and self.student.init_weights:
+            raise ValueError(
+                'teacher.weights = "frozen" is the base alone, without student.init_weights, so it would not take the '
+                'student\'s steps. Take "ema".'
+            )
+        if self.train.text_encoders == "released":
+            raise ValueError(
+                'train.text_encoders = "released" lets go of what the looks and the check of the teacher draw with. '
+                'Take "cached".'
+            )
+        if self.method == "dreambooth" and not (self.prior.class_prompt or "").strip():
+            raise ValueError(
+                'method = "dreambooth" keeps what the model draws of the class. Say which: prior.class_prompt = "a '
+                'photo of a dog" for pictures of one dog, "a drawing" for a manner; or take method = "sft".'
+            )
+        return self
+
+    @property
+    def is_given(self) -> bool:
+        """Whether noised pictures teach, and no network."""
+        return self.method != "d-opsd"
 
     @property
     def source(self) -> Source:
@@ -125,7 +187,7 @@ class TuneRecipe(Settings):
         place, asked = self.place("context"), self.context.model_dump(exclude_none=True)
         if "kind" not in asked:
             asked["kind"] = choose_kind(pipeline_class, is_enhanced=is_enhanced, place=place)
-            if asked["kind"] == "ip_adapter" and "ip_adapter" not in asked and is_enhanced:
+            if is_enhanced and NETWORK.get(asked["kind"], "kind") not in asked:
                 asked["kind"] = "enhanced_prompt"
         check_context(asked["kind"], pipeline_class, is_enhanced=is_enhanced, place=place)
         return validated(ContextSettings, asked, self._source)
@@ -134,7 +196,7 @@ class TuneRecipe(Settings):
 def read_tune_recipe(
     path: str | None, model: str | None, images: str | None, overrides: list[str] | None = None
 ) -> TuneRecipe:
-    """A tuning run from a .toml file, from a model and a folder of pictures, or from a file that these override.
+    """A tuning run from a recipe (shelf name or .toml file), a model and a folder of pictures, or a recipe and these.
 
     Relative paths in the file are taken from its folder, all others from the current one. Raises UserError naming
     file, line and key for anything that is not allowed.
@@ -147,12 +209,14 @@ def read_tune_recipe(
     for option in [*(options if path else []), *(overrides or [])]:
         replaced[apply_override(data, option)] = option
     _make_paths_absolute(data, Path.cwd())
-    for table, values in DEFAULTS.items():
+    method = data.get("method", "d-opsd")
+    compared = {"name": "denoised"} if method == "d-opsd" else {"states": "data", "query": {"random": 1}}
+    for table, values in (DEFAULTS | {"objective": compared}).items():
         held = data.setdefault(table, {})
         if isinstance(held, dict):
             data[table] = values | held
     if isinstance(data.get("name"), str):
-        data.setdefault("output_dir", f"runs/{data['name']}")
+        data.setdefault("output_dir", f"runs/{data['name']}" + ("" if method == "d-opsd" else f"-{method}"))
     source = Source(source.path, source.text, source.lines, replaced)
     recipe = validated(TuneRecipe, data, source)
     recipe._source = source
@@ -165,7 +229,7 @@ def quoted(text: str) -> str:
 
 
 def _file(path: str) -> tuple[dict[str, Any], Source]:
-    file = Path(path).expanduser().absolute()
+    file = find_tune_recipe(path)
     data, source = read_toml(file)
     if "name" not in data:
         raise UserError(f'{file}: name is missing. Add name = "..." at the top.')
@@ -199,7 +263,14 @@ def _make_paths_absolute(data: dict[str, Any], folder: Path) -> None:
         if isinstance(table, dict) and isinstance(table.get(key), str):
             table[key] = _absolute(table[key], folder)
     held = [(student, "pretrained_model_name_or_path"), (student, "init_weights")]
-    for table, key in (*held, (context, "ip_adapter"), (context, "image_encoder")):
+    for table, key in (
+        *held,
+        (context, "ip_adapter"),
+        (context, "image_encoder"),
+        (context, "vision_language"),
+        (look, "dino"),
+        (look, "clip"),
+    ):
         if isinstance(table, dict) and isinstance(table.get(key), str):
             table[key] = absolute(table[key], folder)
 

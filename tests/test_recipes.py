@@ -5,13 +5,15 @@ import json
 import tomllib
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from diffopd import locate
 from diffopd.blueprint import read_blueprint
 from diffopd.cli import app
 from diffopd.data import read_prompts
-from diffopd.locate import find_recipe, recipe_names, shelf, teacher_names
+from diffopd.errors import UserError
+from diffopd.locate import find_recipe, find_tune_recipe, recipe_names, shelf, teacher_names, tune_recipe_names
 from diffopd.preflight import check
 from diffopd.recipe import read_recipe
 from diffopd.reward import check_card_reward
@@ -21,6 +23,7 @@ from diffopd.teacher import teacher_card
 PUBLISHED = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": {"unet": 859_520_964, "text_encoder": 123_060_480},
     "stabilityai/stable-diffusion-xl-base-1.0": {"unet": 2_567_463_684, "text_encoder_2": 694_659_840},
+    "stabilityai/sdxl-turbo": {"unet": 2_567_463_684, "text_encoder_2": 694_659_840},
     "stabilityai/stable-diffusion-3.5-medium": {"transformer": 2_243_171_520, "text_encoder_3": 4_762_310_656},
     "black-forest-labs/FLUX.1-dev": {"transformer": 11_901_408_320, "vae": 83_819_683},
     "black-forest-labs/FLUX.2-klein-4B": {"transformer": 3_875_544_576, "vae": 84_046_115},
@@ -122,6 +125,47 @@ def test_shipped_configs_name_classes_and_settings_that_exist(name):
         if library == "diffusers":
             known = inspect.signature(getattr(importlib.import_module(library), kind).__init__).parameters
             assert {key for key in blueprint.configs[component] if not key.startswith("_")} <= set(known)
+
+
+# tuning recipe -> what its teacher sees, first and last timestep; 4 steps, 4 pictures, one evaluation each
+TUNED = {
+    "z-image-turbo": ("image prompt", [1000, 500]),
+    "flux2-klein": ("reference image", [1000, 717.497]),
+    "sdxl-turbo": ("ip adapter", [999, 249]),
+    "sd15-lcm": ("ip adapter", [999, 259]),
+}
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    rows = [{"file_name": f"{n}.png", "text": f"a dot {n}", "enhanced_text": f"a red dot {n}"} for n in range(2)]
+    for number, row in enumerate(rows):
+        Image.new("RGB", (640, 512), (255, number, 0)).save(tmp_path / row["file_name"])
+    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", tune_recipe_names())
+def test_a_tuning_recipe_is_complete_and_planned_without_a_network(name, pictures):
+    """Every table, and in each what the run depends on, is written out; the plan names context, grid and cost."""
+    text = find_tune_recipe(name).read_text()
+    assert text.startswith("# ") and f"diffopd tune {name}" in text
+    settings = tomllib.loads(text)
+    tables = {"student", "images", "teacher", "context", "objective", "train", "look", "evaluate"}
+    assert tables <= set(settings) and {"name", "method", "seed"} <= set(settings)
+    result = CliRunner().invoke(app, ["tune", name, "--images", str(pictures), "--dry-run"])
+    assert result.exit_code == 0, result.output
+    told = " ".join(result.output.split())
+    seen, (first, last) = TUNED[name]
+    assert f"its context {seen}" in told and "student 16, teachers 16 an update" in told
+    steps = [float(word) for word in told.split("timesteps ")[1].split(" sigmas")[0].split()]
+    assert len(steps) == 4
+    assert (steps[0], steps[-1]) == (pytest.approx(first, abs=0.01), pytest.approx(last, abs=0.01))
+
+
+def test_a_tuning_recipe_that_is_not_there_is_named():
+    with pytest.raises(UserError, match='no shipped tuning recipe "sdxl-turbp".*"sdxl-turbo"'):
+        find_tune_recipe("sdxl-turbp")
 
 
 def test_a_run_asks_the_hub_for_the_base_whatever_is_shipped():

@@ -1,0 +1,212 @@
+"""Fine-tuning and DreamBooth in the loop of `tune`: pictures teach, and everything else is shared."""
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from test_cli import command as run_cli
+from test_distill import assert_same_state, rows_of, state_of
+from test_tune import SMALL, asked, pictures, prepared, trained  # noqa: F401 (a fixture)
+
+from diffopd import distill as loop
+from diffopd import noise
+from diffopd.data_states import encode_pictures
+from diffopd.errors import UserError
+from diffopd.plan import make_plan
+from diffopd.preflight import check
+from diffopd.prior import draw_prior
+from diffopd.query import supervised_states
+from diffopd.run_folder import RunFolder
+from diffopd.supervise import Watch
+from diffopd.tune import facts, prepare, task_written, write_task
+from diffopd.tune_recipe import read_tune_recipe
+
+CLASS = ['prior.class_prompt="a dot"', "prior.num_pictures=3"]
+LEVELS = 50
+
+
+def baseline(tiny_sd, pictures, method, *options, output=None):  # noqa: F811
+    return prepare(asked(tiny_sd, pictures, f"method={method}", *options, output=output))
+
+
+def assembled(tuning):
+    write_task(tuning)
+    draw_prior(tuning, lambda text: None)
+    RunFolder.create(tuning.recipe.output_dir, tuning.recipe, {})
+    return prepared(tuning.recipe)
+
+
+def gradient_by_hand(run, slot, row, number, update=0):
+    """Of |v - v(x0)|^2 at one level of a picture, with the scheduler's own alphas and the network called directly."""
+    pipeline, seed = run.student.pipeline, run.recipe.seed
+    (index,) = supervised_states({"random": 1}, LEVELS, seed=(seed, update, slot, number))
+    pipeline.scheduler.set_timesteps(LEVELS)
+    t = pipeline.scheduler.timesteps[index]
+    picture = encode_pictures(pipeline, [row])
+    keys = {"run_seed": seed, "update": update, "solver_step": index}
+    eps = noise.draw(picture.shape[1:], **keys, sample_indices=[slot * run.rows_per_task + number])
+    a = pipeline.scheduler.alphas_cumprod[t]
+    x, v = a.sqrt() * picture + (1 - a).sqrt() * eps, a.sqrt() * eps - (1 - a).sqrt() * picture
+    text, _ = pipeline.encode_prompt([row.prompt], "cpu", 1, False)
+    said = pipeline.unet(x, t, text).sample
+    return torch.autograd.grad((said - v).square().mean(), list(run.student.parameters.values()))
+
+
+def gradient_of_update(run, state):
+    loop.one_update(run, state, Watch())
+    return [parameter.grad.clone() for parameter in run.student.parameters.values()]
+
+
+def moved(run):
+    """The adapter's second factors are zero at first, and half of its gradients with them."""
+    with torch.no_grad():
+        for name, parameter in run.student.parameters.items():
+            parameter.add_(0.05 if "lora_B" in name else 0.0)
+
+
+def assert_close(found, expected):
+    scale = max(float(tensor.abs().max()) for tensor in expected)
+    assert scale > 1e-4
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).abs().max() < 1e-5 * max(scale, 1.0)
+
+
+def test_an_update_of_sft_is_the_training_loss_of_the_base(tiny_sd, pictures):  # noqa: F811
+    """Rows of an update have noise levels of their own, and their gradients are averaged."""
+    tuning = baseline(tiny_sd, pictures, "sft", "train.max_grad_norm=1e9")
+    run, state = assembled(tuning)
+    moved(run)
+    (teacher,) = run.teachers
+    assert teacher.is_given and tuning.recipe.objective.name == "velocity" and run.rows_per_task == 2
+    rows = [loop.pick_row(run, teacher, 0, 0, number) for number in range(2)]
+    by_hand = [gradient_by_hand(run, 0, row, number) for number, row in enumerate(rows)]
+    levels = {supervised_states({"random": 1}, LEVELS, seed=(0, 0, 0, number))[0] for number in range(2)}
+    assert len(levels) == 2
+    assert_close(gradient_of_update(run, state), [(a + b) / 2 for a, b in zip(*by_hand, strict=True)])
+
+
+def test_dreambooth_adds_the_class_by_its_weight(tiny_sd, pictures):  # noqa: F811
+    options = ("train.max_grad_norm=1e9", "train.batch_size=1", *CLASS, "prior.weight=0.5")
+    run, state = assembled(baseline(tiny_sd, pictures, "dreambooth", *options))
+    moved(run)
+    assert [teacher.name for teacher in run.teachers] == ["pictures", "prior"]
+    own, prior = (
+        gradient_by_hand(run, slot, loop.pick_row(run, teacher, 0, slot, 0), 0)
+        for slot, teacher in enumerate(run.teachers)
+    )
+    expected = [(a + 0.5 * b) / 1.5 for a, b in zip(own, prior, strict=True)]
+    assert_close(gradient_of_update(run, state), expected)
+    assert not torch.allclose(torch.cat([g.flatten() for g in own]), torch.cat([g.flatten() for g in expected]))
+
+
+def test_pictures_of_the_class_are_the_untouched_models_and_drawn_once(tiny_sd, pictures):  # noqa: F811
+    tuning = baseline(tiny_sd, pictures, "dreambooth", *CLASS)
+    write_task(tuning)
+    draw_prior(tuning, lambda text: None)
+    files = sorted((tuning.folder / "prior" / "pictures").iterdir())
+    drawn = [file.read_bytes() for file in files]
+    assert len(set(drawn)) == 3 and Image.open(files[0]).size == (32, 32)
+    draw_prior(tuning, lambda text: pytest.fail("they are drawn again"))
+    assert not write_task(tuning)
+    files[1].unlink()
+    draw_prior(tuning, lambda text: None)
+    assert [file.read_bytes() for file in files] == drawn
+
+
+@pytest.mark.parametrize("options", [["method=sft"], ["method=dreambooth", *CLASS, 'student.train="full"']])
+def test_a_baseline_trains_over_buckets_and_resumes_exactly(tiny_sd, pictures, tmp_path, options):  # noqa: F811
+    def run(updates, output):
+        tuning = prepare(asked(tiny_sd, pictures, *options, f"train.max_train_steps={updates}", output=output))
+        with task_written(tuning):
+            draw_prior(tuning, lambda text: None)
+        return trained(tuning)
+
+    whole = run(3, tmp_path / "whole")
+    run(2, tmp_path / "halves")
+    assert_same_state(state_of(whole, 3), state_of(run(3, tmp_path / "halves"), 3))
+    rows = rows_of(whole, "update")
+    assert all(row["loss"] > 0 and row["network_calls"]["teacher"] == 0 for row in rows)
+    assert rows[0]["network_calls"]["student"] == 2 * (1 + ("method=sft" not in options))
+    assert all(set(states) == {"0"} or len(states) == 1 for states in rows[0]["loss_per_step"].values())
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["method=dreambooth"], "prior.class_prompt"),
+        (["method=sft", "prior.weight=2.0"], r"\[prior\] has no effect on method = \"sft\""),
+        (["method=sft", "teacher.weights=frozen"], r"\[teacher\] has no effect"),
+        (["method=sft", "context.kind=enhanced_prompt"], r"\[context\] has no effect"),
+        (["noising.num_levels=20"], r"\[noising\] has no effect on method = \"d-opsd\""),
+        (["method=lora"], "is not allowed"),
+        (["teacher.weights=frozen", 'student.init_weights="owner/lora"'], "is the base alone"),
+        (["train.text_encoders=released"], 'Take "cached"'),
+    ],
+)
+def test_settings_without_effect_are_refused(tiny_sd, pictures, options, reason):  # noqa: F811
+    with pytest.raises(UserError, match=reason):
+        asked(tiny_sd, pictures, *options)
+
+
+@pytest.mark.parametrize(
+    ("option", "reason"),
+    [
+        ("objective.name=mean", "one of velocity, denoised, noise"),
+        ("objective.states=student", 'states = "data"'),
+        ("objective.substeps=2", "substeps = 1"),
+    ],
+)
+def test_pictures_are_compared_at_noised_states_only(tiny_sd, pictures, option, reason):  # noqa: F811
+    tuning = baseline(tiny_sd, pictures, "sft", option)
+    write_task(tuning)
+    with pytest.raises(UserError, match=reason):
+        check(tuning.recipe)
+
+
+def test_a_guided_student_is_tuned_without_guidance(tiny_sd, pictures):  # noqa: F811
+    tuning = baseline(tiny_sd, pictures, "sft", "student.guidance_scale=3.0")
+    assert tuning.recipe.teachers[0].guidance_scale == 1.0 and tuning.recipe.student.guidance_scale == 3.0
+    write_task(tuning)
+    assert make_plan(check(tuning.recipe)).evaluations_per_update == (2, 0)
+    given = baseline(tiny_sd, pictures, "sft", "noising.guidance_scale=2.0", "student.guidance_scale=3.0")
+    assert given.recipe.teachers[0].guidance_scale == 2.0
+
+
+def test_few_steps_are_warned_of_and_many_are_not(tiny_sd, pictures):  # noqa: F811
+    told = dict(facts(baseline(tiny_sd, pictures, "sft")))
+    assert "its 2-step images turn to mush" in told["warning"] and "SFT" in told["method"]
+    assert "warning" not in dict(facts(baseline(tiny_sd, pictures, "sft", "student.num_inference_steps=20")))
+    assert "warning" not in dict(facts(prepare(asked(tiny_sd, pictures))))
+
+
+def test_the_plan_names_the_method_and_its_calls(tiny_sd, pictures, tmp_path, monkeypatch):  # noqa: F811
+    monkeypatch.chdir(tmp_path)
+    options = ["--model", str(tiny_sd), "--images", str(pictures), "--method", "dreambooth", "--dry-run"]
+    sets = [part for option in [*SMALL, *CLASS] for part in ("--set", option)]
+    result = run_cli("tune", *options, *sets)
+    assert result.exit_code == 0, result.output
+    told = " ".join(result.output.split())
+    for part in ("DreamBooth", "3 pictures of 'a dot', drawn first (6 network calls)", "turn to mush", "50, a picture"):
+        assert part in told
+    assert "student 4, teachers 0 an update" in told and not (tmp_path / "runs").exists()
+
+
+def test_dreambooth_goes_the_whole_road(tiny_sd, pictures, tmp_path):  # noqa: F811
+    run = tmp_path / "tuned"
+    options = [*SMALL[:-1], "look.every=1", "look.num_prompts=2", "evaluate.num_prompts=1", *CLASS]
+    sets = [part for option in options for part in ("--set", option)]
+    told = ["tune", "--model", str(tiny_sd), "--images", str(pictures), "--method", "dreambooth", *sets]
+    result = run_cli(*told, "--output-dir", str(run))
+    assert result.exit_code == 0, result.output
+    assert len(rows_of(RunFolder(run), "look")) == 2 and not (run / "teacher-check.png").exists()
+    scores = json.loads((run / "evaluation" / "scores.json").read_text())["rows"]
+    assert {(row["model"], row["task"]) for row in scores} >= {("student", "pictures"), ("student", "prior")}
+    assert {row["num_inference_steps"] for row in scores} == {2}  # noise levels are no steps to draw in
+    assert (run / "export" / "pipeline" / "unet").is_dir() and (run / "report.html").is_file()
+    again = run_cli(*told, "--output-dir", str(run))
+    assert again.exit_code == 0 and "is finished and nothing has changed" in " ".join(again.output.split())
+
+
+def test_the_default_folder_says_the_method(tiny_sd, pictures):  # noqa: F811
+    assert read_tune_recipe(None, str(tiny_sd), str(pictures), ["method=sft"]).output_dir == "runs/dots-sft"
