@@ -6,6 +6,7 @@ two sets of pictures are apart in the features of one of them.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,7 +94,9 @@ def kid(features: np.ndarray, others: np.ndarray) -> float:
     from torchmetrics.image.kid import KernelInceptionDistance
 
     size = min(len(features), len(others))
-    metric = KernelInceptionDistance(feature=torch.nn.Identity(), subsets=KID_SUBSETS, subset_size=size)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that it keeps the features that it is given
+        metric = KernelInceptionDistance(feature=torch.nn.Identity(), subsets=KID_SUBSETS, subset_size=size)
     metric.update(torch.as_tensor(others).double(), real=True)
     metric.update(torch.as_tensor(features).double(), real=False)
     with torch.random.fork_rng(devices=[]):
