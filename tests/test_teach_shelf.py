@@ -28,7 +28,7 @@ INSTALLED = all(importlib.util.find_spec(name) for name in PACKAGES)
 def shipped() -> list[str]:
     """Every .toml in a teacher's folder that is neither its card nor a recipe to learn from it, by its shelf name."""
     others, top = {"teacher.toml", "distill.toml"}, shelf("teachers")
-    held = [*top.glob("*/*.toml"), *top.glob("unmade/*/*.toml")]
+    held = [path for card in top.rglob("teacher.toml") for path in card.parent.glob("*.toml")]
     return sorted(path.relative_to(top).as_posix() for path in held if path.name not in others)
 
 
