@@ -67,7 +67,8 @@ def measure_all(
     output.mkdir(parents=True, exist_ok=True)
     opened = [RunFolder.open(run) for run in runs]
     recipe = opened[0].recipe()
-    recipe.evaluate.batch_size, recipe.evaluate.seeds = batch, [0]
+    settings = recipe.evaluate.model_copy(update={"batch_size": batch, "seeds": [0]})
+    recipe = recipe.model_copy(update={"evaluate": settings})
     tasks = {t.name: t for t in tasks_of([teacher_card(s.name, recipe.path) for s in recipe.teachers], prompts)}
     for name in task:
         for kind, contender in references(recipe, name):
