@@ -1,0 +1,68 @@
+"""The target's table: students paired with their teacher by prompt, prompts and trainings both drawn."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+
+import world_target
+
+
+def put(folder, label, scores, *, steps=4, guidance=1.0, model=None):
+    row = {"task": "text", "model": model or label, "label": label, "steps": steps, "guidance_scale": guidance}
+    row |= {"diversity": 0.1, "seconds": 1.0, "scores": scores}
+    (folder / f"text--{label}--{steps}.json").write_text(json.dumps(row))
+
+
+@pytest.fixture
+def scored(tmp_path):
+    rng = np.random.default_rng(0)
+    teacher = (rng.random(400) < 0.9).astype(float)
+    put(tmp_path, "teacher-text", teacher.tolist(), steps=20, guidance=2.0)
+    put(tmp_path, "teacher-text", (teacher * 0.5).tolist(), steps=4, guidance=2.0)
+    put(tmp_path, "student-a", teacher.tolist(), model="student")
+    put(tmp_path, "student-b", (teacher * (rng.random(400) < 0.8)).tolist(), model="student")
+    return tmp_path
+
+
+def table(folder):
+    result = CliRunner().invoke(world_target.app, ["table", "--output", str(folder), "--json"])
+    assert result.exit_code == 0, result.output
+    return {(row["model"], row["steps"]): row for row in json.loads(result.output)}
+
+
+def test_everyone_is_compared_with_the_teacher_at_its_own_steps(scored):
+    rows = table(scored)
+    assert rows["teacher-text", 20]["ratio"] == pytest.approx(1.0)
+    assert rows["teacher-text", 4]["ratio"] == pytest.approx(0.5)
+    assert rows["student-a", 4]["ratio_interval"] == pytest.approx([1.0, 1.0])  # paired: it never differs
+    assert rows["student-a", 4]["interval"][0] < rows["student-a", 4]["score"] < rows["student-a", 4]["interval"][1]
+
+
+def test_students_of_all_trainings_are_one_row_whose_interval_knows_that_trainings_differ(scored):
+    rows = table(scored)
+    both, one = rows["student, all runs", 4], rows["student-b", 4]
+    assert both["trainings"] == 2 and both["num_prompts"] == 400
+    assert both["score"] == pytest.approx((rows["student-a", 4]["score"] + one["score"]) / 2)
+    width = np.diff(both["ratio_interval"])[0]
+    assert width > np.diff(one["ratio_interval"])[0] and width > 0.15  # the two trainings are .2 apart
+
+
+def test_a_task_without_its_teacher_and_an_empty_folder_are_named(tmp_path):
+    empty = CliRunner().invoke(world_target.app, ["table", "--output", str(tmp_path)])
+    assert empty.exit_code == 1 and "no scores" in empty.output
+    put(tmp_path, "student-a", [1.0, 0.0], model="student")
+    alone = CliRunner().invoke(world_target.app, ["table", "--output", str(tmp_path)])
+    assert alone.exit_code == 1 and "text: the teacher is not measured" in alone.output
+
+
+def test_unknown_tasks_and_kinds_are_refused(tmp_path):
+    for option in ("--task", "--what"):
+        told = ["measure", str(tmp_path), "--output", str(tmp_path / "out"), option, "nothing"]
+        result = CliRunner().invoke(world_target.app, told)
+        assert result.exit_code == 2 and not (tmp_path / "out").exists()
