@@ -1,7 +1,7 @@
 """The papers' claims on the embedded world: runs, tables and plots.
 
     python scripts/reproduce.py --claims 1,2,3,4,5 --seeds 0,1,2 --output runs/reproduce
-    python scripts/reproduce.py --quick --results /tmp/results     does everything run? (two updates of two pictures)
+    python scripts/reproduce.py --quick --results quick-results    does everything run? (two updates of two pictures)
     python scripts/reproduce.py --list                             the commands that would be run
 
 The same command goes on where it was: finished runs and scores are kept, an unfinished run is resumed. Pages go to
