@@ -9,14 +9,13 @@ manners, 0 on blanks; the score after the autoencoder's round trip is a figure: 
 from __future__ import annotations
 
 import importlib.util
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import torch
 import typer
-from check_world import Gate, decode_again, gate, to_images
+from check_world import Gate, decode_again, gate, say, to_images
 from world_looks import plain_drawings, render
 from world_models import ROOT, world
 
@@ -73,12 +72,7 @@ def main(
 
     torch.set_num_threads(1)
     gates = check_scorer(AutoencoderKL.from_pretrained(pipeline / "vae", torch_dtype=torch.float32))
-    if as_json:
-        typer.echo(json.dumps({"gates": gates}))
-    else:
-        for line in gates:
-            typer.echo(f"{'pass' if line['passed'] else 'FAIL'}  {line['gate']}: {line['value']} {line['limit']}")
-    raise typer.Exit(0 if all(line["passed"] for line in gates) else 1)
+    say(gates, as_json=as_json)
 
 
 if __name__ == "__main__":

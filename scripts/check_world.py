@@ -166,6 +166,16 @@ def check_models(
     return gates, rows
 
 
+def say(gates: list[Gate], *, as_json: bool, **further: Any) -> None:
+    """Print the gates, a line each or as JSON beside `further`, and exit: code 1 where one fails."""
+    if as_json:
+        typer.echo(json.dumps({"gates": gates, **further}))
+    else:
+        for line in gates:
+            typer.echo(f"{'pass' if line['passed'] else 'FAIL'}  {line['gate']}: {line['value']} {line['limit']}")
+    raise typer.Exit(0 if all(line["passed"] for line in gates) else 1)
+
+
 def main(
     prompts: Annotated[int, typer.Option(help="held-out prompts a task")] = 128,
     seeds: Annotated[int, typer.Option(help="noises a prompt")] = 1,
@@ -188,12 +198,7 @@ def main(
         size = {"num_prompts": prompts, "seeds": seeds}
         found, rows = check_models(pipe, teachers, size, guidance or [1.0, 2.0, 4.0])
         gates += found
-    if as_json:
-        typer.echo(json.dumps({"gates": gates, "rows": rows}))
-    else:
-        for line in gates:
-            typer.echo(f"{'pass' if line['passed'] else 'FAIL'}  {line['gate']}: {line['value']} {line['limit']}")
-    raise typer.Exit(0 if all(line["passed"] for line in gates) else 1)
+    say(gates, as_json=as_json, rows=rows)
 
 
 if __name__ == "__main__":
