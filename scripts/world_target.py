@@ -22,6 +22,7 @@ import torch
 import typer
 from world_models import world
 
+from diffopd.errors import UserError
 from diffopd.evaluate import Contender, Task, measure, reference_contenders, student_contender, tasks_of
 from diffopd.load import student_pipeline
 from diffopd.recipe import Recipe
@@ -64,8 +65,12 @@ def measure_all(
     if unknown:
         raise typer.BadParameter(f"{unknown[0]!r}; tasks are {', '.join(world.TASKS)}, kinds are {', '.join(KINDS)}")
     torch.set_num_threads(1)
+    try:
+        opened = [RunFolder.open(run) for run in runs]
+    except UserError as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(1) from error
     output.mkdir(parents=True, exist_ok=True)
-    opened = [RunFolder.open(run) for run in runs]
     recipe = opened[0].recipe()
     settings = recipe.evaluate.model_copy(update={"batch_size": batch, "seeds": [0]})
     recipe = recipe.model_copy(update={"evaluate": settings})

@@ -1,24 +1,18 @@
 """What the embedded world's trainings are told: spoilt and confused captions; prompts to look at while training."""
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from from_scripts import script
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
 def data():
-    before = list(sys.path)
-    sys.path.insert(0, str(ROOT / "scripts"))
-    try:
-        import world_data
-    finally:
-        sys.path[:] = before
-    return world_data
+    return script("world_data")
 
 
 @pytest.fixture(params=["composition", "text", "style"])

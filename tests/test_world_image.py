@@ -1,13 +1,12 @@
 """The embedded world's image path: what it is trained on, and that stock code loads what it saves."""
 
-import importlib
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from from_scripts import script
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -18,13 +17,8 @@ def made():
     """The scripts' modules, and the base with an untrained image path."""
     from diffusers import StableDiffusionPipeline
 
-    before = list(sys.path)
-    sys.path.insert(0, str(ROOT / "scripts"))
-    try:
-        names = ("world_looks", "world_image_models", "world_image_sheet", "world_image", "world_models")
-        modules = SimpleNamespace(**{name: importlib.import_module(name) for name in names})
-    finally:
-        sys.path[:] = before
+    names = ("world_looks", "world_image_models", "world_image_sheet", "world_image", "world_models")
+    modules = SimpleNamespace(**{name: script(name) for name in names})
     pipe = StableDiffusionPipeline.from_pretrained(ROOT / "pipelines" / "emoji", torch_dtype=torch.float32)
     pipe.unet.requires_grad_(False)
     pipe.text_encoder.requires_grad_(False)

@@ -1,16 +1,13 @@
 """The target's table: students paired with their teacher by prompt, prompts and trainings both drawn."""
 
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from from_scripts import script
 from typer.testing import CliRunner
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
-
-import world_target
+world_target = script("world_target")
 
 
 def put(folder, label, scores, *, steps=4, guidance=1.0, model=None):
@@ -59,6 +56,11 @@ def test_a_task_without_its_teacher_and_an_empty_folder_are_named(tmp_path):
     put(tmp_path, "student-a", [1.0, 0.0], model="student")
     alone = CliRunner().invoke(world_target.app, ["table", "--output", str(tmp_path)])
     assert alone.exit_code == 1 and "text: the teacher is not measured" in alone.output
+
+
+def test_a_folder_without_a_run_is_named_without_a_traceback(tmp_path):
+    result = CliRunner().invoke(world_target.app, ["measure", str(tmp_path), "--output", str(tmp_path / "out")])
+    assert result.exit_code == 1 and "is not a run folder" in result.output and isinstance(result.exception, SystemExit)
 
 
 def test_unknown_tasks_and_kinds_are_refused(tmp_path):

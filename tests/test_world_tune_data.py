@@ -1,11 +1,11 @@
 """The pictures that `tune` is shown on the embedded world are a folder that it takes, and say what they show."""
 
 import importlib
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from from_scripts import script
 from PIL import Image
 
 from diffopd.data import read_prompts
@@ -17,12 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="module")
 def data():
-    before = list(sys.path)
-    sys.path.insert(0, str(ROOT / "scripts"))
-    try:
-        return importlib.import_module("world_tune_data")
-    finally:
-        sys.path[:] = before
+    return script("world_tune_data")
 
 
 @pytest.fixture(scope="module")
