@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -142,28 +142,72 @@ class _Inner(nn.Module):
         return self._forward(*args, **kwargs)
 
 
+class Fold:
+    """The active adapters folded into the weights: W + scaling B A, by layer.
+
+    Outside `once` every forward folds anew. Within, all forwards of one set of adapters share one fold: each backward
+    leaves its gradient at the folded weights, and the end sends their sum through the fold to the adapters.
+    """
+
+    def __init__(self, denoiser: nn.Module) -> None:
+        self._layers = {name: m for name, m in denoiser.named_modules() if isinstance(m, BaseTunerLayer)}
+        self._kept: dict[Any, tuple[dict[str, Tensor], dict[str, Tensor]]] | None = None
+
+    def weights(self) -> dict[str, Tensor]:
+        """layer -> folded weight, for the layers on which an adapter answers."""
+        if self._kept is None:
+            return self._folded()
+        key = tuple((tuple(active), *(layer.scaling[n] for n in active)) for layer, active in self._active())
+        if key not in self._kept:
+            with torch.enable_grad():
+                folded = self._folded()
+            self._kept[key] = folded, {n: w.detach().requires_grad_(w.requires_grad) for n, w in folded.items()}
+        return self._kept[key][1]
+
+    @contextmanager
+    def once(self, last: AbstractContextManager[Any] | None = None) -> Iterator[None]:
+        """Fold once while open; the adapters' gradients are whole when it closes. Change no weight in between.
+
+        last: what to have open during the backward through the fold (a stage that is timed).
+        """
+        self._kept = {}
+        try:
+            yield
+            with last or nullcontext():
+                for folded, leaves in self._kept.values():
+                    reached = [name for name, leaf in leaves.items() if leaf.grad is not None]
+                    torch.autograd.backward([folded[n] for n in reached], [leaves[n].grad for n in reached])
+        finally:
+            self._kept = None
+
+    def _folded(self) -> dict[str, Tensor]:
+        folded = {}
+        for (name, layer), (_, active) in zip(self._layers.items(), self._active(), strict=True):
+            if active:
+                folded[name] = layer.base_layer.weight + sum(layer.get_delta_weight(n) for n in active)
+        return folded
+
+    def _active(self) -> list[tuple[BaseTunerLayer, list[str]]]:
+        return [(layer, _active(layer)) for layer in self._layers.values()]
+
+
 @contextmanager
-def fused_forward(denoiser: nn.Module) -> Iterator[None]:
+def fused_forward(denoiser: nn.Module) -> Iterator[Fold]:
     """Each forward of the denoiser folds its active adapters into the weights first: W + scaling B A, with gradients.
 
     The adapters' exact function. A branch beside every convolution costs as much again as a small network; folding
-    costs one product of B and A per layer, whatever the batch. Not for checkpointed forwards: they would be computed
-    again without the adapters.
+    costs one product of B and A per layer, whatever the batch, and under `Fold.once` it is paid once for many
+    forwards. Not for checkpointed forwards: they would be computed again without the adapters.
     """
-    layers = {name: module for name, module in denoiser.named_modules() if isinstance(module, BaseTunerLayer)}
-    switch, inner = AdapterSwitch(denoiser), _Inner(denoiser, denoiser.forward)
+    switch, inner, fold = AdapterSwitch(denoiser), _Inner(denoiser, denoiser.forward), Fold(denoiser)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        weights = {}
-        for name, layer in layers.items():
-            deltas = [layer.get_delta_weight(n) for n in _active(layer)]
-            if deltas:
-                weights[f"denoiser.{name}.base_layer.weight"] = layer.base_layer.weight + sum(deltas)
+        weights = {f"denoiser.{name}.base_layer.weight": weight for name, weight in fold.weights().items()}
         with switch.bound(None):
             return torch.func.functional_call(inner, weights, args, kwargs)
 
     with replaced_forward(denoiser, forward):
-        yield
+        yield fold
 
 
 def _active(layer: BaseTunerLayer) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from diffopd import noise
-from diffopd.adapters import autocast_forward, fused_forward
+from diffopd.adapters import Fold, autocast_forward, fused_forward
 from diffopd.assemble import Student, Teacher, assemble
 from diffopd.attention import proof_of_use
 from diffopd.batches import MicroBatch, Size, micro_batches
@@ -54,6 +54,7 @@ class Run:
     device: str
     walks: dict[tuple[Size | None, str | None], Survey] = field(default_factory=dict)
     looks: Looks | None = None
+    fold: Fold | None = None
 
     def walk_at(self, size: Size | None, teacher: Teacher | None = None) -> Survey:
         """The student's walk over pictures of (width, height), as deployed or as a teacher has it (`side`).
@@ -71,6 +72,10 @@ class Run:
     def side(self, teacher: Teacher) -> Call:
         """The student's call while this teacher teaches: as deployed, but at noised pictures."""
         return teacher.call if teacher.is_given else self.student.call
+
+    def one_fold(self, watch: Watch) -> AbstractContextManager[None]:
+        """Open it around the forwards and backwards of one update: a fused student folds its adapter once in it."""
+        return self.fold.once(watch("backward")) if self.fold else nullcontext()
 
     @property
     def rows_per_task(self) -> int:
@@ -103,7 +108,7 @@ def distill(recipe: Recipe, folder: RunFolder, begin: Callable[[Run, bool], None
         for denoiser in denoisers:
             stack.enter_context(autocast_forward(denoiser, dtype))
         if recipe.train.fuse_student:
-            stack.enter_context(fused_forward(denoiser_of(student.pipeline)))
+            run.fold = stack.enter_context(fused_forward(denoiser_of(student.pipeline)))
         with proof_of_use(recipe.train.attention_backend, *denoisers):
             preflight(run)
         if begin:
@@ -148,17 +153,9 @@ def one_update(run: Run, trained: Trained, watch: Watch) -> UpdateLosses:
     trained.optimizer.zero_grad(set_to_none=True)
     tasks = route(run.recipe, run.teachers, update)
     record = UpdateLosses()
-    for slot, (teacher, share) in enumerate(tasks):
-        mine = run.processes.rows(run.rows_per_task)
-        picked = [(number, pick_row(run, teacher, update, slot, number)) for number in mine]
-        for numbers, rows in batches_of(run, teacher, picked):
-            scale = share / run.rows_per_task
-
-            def backward(loss: Tensor, scale: float = scale) -> None:
-                (loss.sum() * scale).backward()
-
-            losses = walk_rows(run, teacher, rows, numbers, update=update, slot=slot, backward=backward, watch=watch)
-            record.add(teacher.name, _pooled(losses) if teacher.is_given else losses, len(rows))
+    with run.one_fold(watch):
+        for slot, (teacher, share) in enumerate(tasks):
+            _back_task(run, teacher, share / run.rows_per_task, record, update=update, slot=slot, watch=watch)
     with watch("optimizer"):
         run.processes.sum_gradients(trained.parameters.values())
         norm = torch.nn.utils.clip_grad_norm_(trained.parameters.values(), train.max_grad_norm)
@@ -170,6 +167,21 @@ def one_update(run: Run, trained: Trained, watch: Watch) -> UpdateLosses:
     record.grad_norm = float(norm)
     trained.progress.images += run.rows_per_task * len(tasks)
     return record.reduced(run.processes)
+
+
+def _back_task(
+    run: Run, teacher: Teacher, scale: float, record: UpdateLosses, *, update: int, slot: int, watch: Watch
+) -> None:
+    """All micro-batches of one task, their losses times `scale` backed and recorded."""
+
+    def backward(loss: Tensor) -> None:
+        (loss.sum() * scale).backward()
+
+    mine = run.processes.rows(run.rows_per_task)
+    picked = [(number, pick_row(run, teacher, update, slot, number)) for number in mine]
+    for numbers, rows in batches_of(run, teacher, picked):
+        losses = walk_rows(run, teacher, rows, numbers, update=update, slot=slot, backward=backward, watch=watch)
+        record.add(teacher.name, _pooled(losses) if teacher.is_given else losses, len(rows))
 
 
 def _pooled(losses: list[StateLoss]) -> list[StateLoss]:

@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Annotated, Any
@@ -187,7 +187,10 @@ def one_step(
     manner = Manner(get_objective("mean"), range(steps), two_pass=two_pass)
     watch = Watch(exact=True)
     start = time.perf_counter()
-    with fused_forward(denoiser_of(student.pipeline)) if fuse_student else nullcontext():
+    with ExitStack() as stack:
+        if fuse_student:
+            fold = stack.enter_context(fused_forward(denoiser_of(student.pipeline)))
+            stack.enter_context(fold.once(watch("backward")))
         supervise(
             told(student, latents=noise(0)),
             told(teacher, latents=noise(0)),

@@ -1,5 +1,7 @@
 """Adapters bound by switch: the same answers as peft's set_adapter, none of its side effects."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from cast import arguments, cast_for, draws, scheduler_named
@@ -98,6 +100,35 @@ def test_a_fused_forward_is_every_adapters_own_function_with_its_gradient(cast):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(fused_gradient, gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max()))
     assert "forward" not in vars(unet)
+
+
+def test_one_fold_for_many_forwards_gives_the_gradient_of_a_fold_each(cast):
+    unet, folds = cast.pipeline.unet, []
+
+    def gradient(once):
+        for parameter in cast.parameters.values():
+            parameter.grad = None
+        with fused_forward(unet) as fold:
+            whole = fold._folded
+            fold._folded = lambda: folds.append(whole()) or folds[-1]
+            with fold.once() if once else nullcontext():
+                for scale in (1.0, 2.0, 3.0):
+                    with cast.switch.bound("teacher"):
+                        taught = answer(unet)
+                    ((answer(unet, grad=True) - taught) * scale).square().sum().backward()
+        return cast.gradient()
+
+    each, made = gradient(once=False), len(folds)
+    torch.testing.assert_close(gradient(once=True), each, rtol=1e-4, atol=1e-5 * float(each.abs().max()))
+    assert (made, len(folds) - made) == (6, 2), "the student's weights and the teacher's are folded once each"
+    with fused_forward(unet) as fold:
+        with fold.once():
+            before = answer(unet)
+        with torch.no_grad():
+            for parameter in cast.parameters.values():
+                parameter.mul_(3)
+        with fold.once():
+            assert not torch.equal(answer(unet), before), "the next update folds the weights that it finds"
 
 
 def test_an_average_of_decay_d_reaches_the_known_value_and_lends_itself_only_for_a_while(cast):
