@@ -85,6 +85,11 @@ def add_adapter(
     check_takes_adapters(denoiser)
     targets = target_modules if isinstance(target_modules, str) else list(target_modules)
     config = LoraConfig(r=rank, lora_alpha=lora_alpha, init_lora_weights="gaussian", target_modules=targets)
+    return add_configured(denoiser, name, config, seed=seed)
+
+
+def add_configured(denoiser: nn.Module, name: str, config: LoraConfig, *, seed: int = 0) -> dict[str, nn.Parameter]:
+    """A fresh adapter of this very config, otherwise as `add_adapter`."""
     with warnings.catch_warnings(), torch.random.fork_rng():
         torch.manual_seed(seed)
         warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # several adapters are the point

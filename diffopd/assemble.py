@@ -19,6 +19,7 @@ from diffopd.adapters import (
     Average,
     adapter_parameters,
     add_adapter,
+    add_configured,
     freeze,
 )
 from diffopd.attention import use_attention_backend
@@ -285,16 +286,21 @@ def _teacher(
     pipeline, follow = shell(base) if own is None else with_denoiser(base, own.module), None
     if card.form == "ema":
         pipeline, follow = self_teacher(recipe, settings, base, student_pipeline, parameters)
-    guidance = settings.guidance_scale if settings.guidance_scale is not None else card.guidance_scale
+    guidance = own_guidance(settings, card)
     arguments = {"guidance_scale": guidance, "output_type": "latent", **settings.call}
     train, test = (read_prompts(path) for path in (card.prompts.train, card.prompts.test))
     return Teacher(card.name, card, Call(pipeline, arguments), train, test, settings.weight, follow)
 
 
+def own_guidance(settings: TeacherSettings, card: TeacherCard) -> float:
+    """Under which guidance a teacher teaches and is scored: the recipe's word, else its card's."""
+    return settings.guidance_scale if settings.guidance_scale is not None else card.guidance_scale
+
+
 def _pictures(recipe: Recipe, settings: TeacherSettings, card: TeacherCard, student_pipeline: Any) -> Teacher:
     """The student's own call at the noise levels of pictures."""
     levels = settings.num_inference_steps or card.num_inference_steps
-    guidance = settings.guidance_scale if settings.guidance_scale is not None else card.guidance_scale
+    guidance = own_guidance(settings, card)
     call = Call(shell(student_pipeline), student_arguments(recipe)).regridded(levels).told(guidance_scale=guidance)
     train, test = (read_prompts(path) for path in (card.prompts.train, card.prompts.test))
     return Teacher(card.name, card, call, train, test, settings.weight, context=Noised())
@@ -310,9 +316,7 @@ def self_teacher(
         copied = copy.deepcopy(trained).requires_grad_(False)
         return with_denoiser(base, copied), (average, dict(copied.named_parameters()))
     config = trained.peft_config[STUDENT]
-    added = add_adapter(
-        trained, SELF_TEACHER, rank=config.r, lora_alpha=config.lora_alpha, target_modules=config.target_modules
-    )
+    added = add_configured(trained, SELF_TEACHER, copy.deepcopy(config))  # with its ranks and alphas layer by layer
     mirrored = {name.replace(f".{SELF_TEACHER}.", f".{STUDENT}."): p.requires_grad_(False) for name, p in added.items()}
     average.copy_to(mirrored)
     return shell(base), (average, mirrored)

@@ -342,10 +342,13 @@ def _is_finished(recipe: Any, hashes: dict[str, str], processes: int) -> bool:
         return False
     RunFolder.check(path, recipe, hashes, processes)
     if _is_main():
+        longer = "raise train.max_train_steps or train.max_train_seconds"
+        if recipe.train.lr_scheduler != "constant":
+            longer = f"begin anew with --output-dir (its {recipe.train.lr_scheduler} schedule has run out)"
         typer.echo(
             f"{path} is finished and nothing has changed: {path / 'report.html'} shows what was learnt; "
-            f"{path / 'export'} loads in stock diffusers. To go on, raise train.max_train_steps or "
-            "train.max_train_seconds; `diffopd evaluate`, `export` and `report` make their part again."
+            f"{path / 'export'} loads in stock diffusers. To train longer, {longer}; "
+            "`diffopd evaluate`, `export` and `report` make their part again."
         )
     return True
 

@@ -194,20 +194,23 @@ class UpdateLosses:
     """Losses of one update: per teacher, and per teacher and state, means over rows."""
 
     def __init__(self) -> None:
-        self.sums: dict[str, dict[int, float]] = {}
-        self.rows: dict[str, int] = {}
+        self.sums: dict[tuple[str, int], float] = {}
+        self.rows: dict[tuple[str, int], int] = {}
         self.grad_norm = 0.0
 
     def add(self, teacher: str, losses: list[StateLoss], rows: int) -> None:
         """Add one micro-batch."""
-        states = self.sums.setdefault(teacher, {})
         for state in losses:
-            states[state.index] = states.get(state.index, 0.0) + float(state.loss.double().sum())
-        self.rows[teacher] = self.rows.get(teacher, 0) + rows
+            key = teacher, state.index
+            self.sums[key] = self.sums.get(key, 0.0) + float(state.loss.double().sum())
+            self.rows[key] = self.rows.get(key, 0) + rows
 
     def per_step(self) -> dict[str, dict[int, float]]:
         """teacher -> state index -> mean loss."""
-        return {t: {i: v / self.rows[t] for i, v in sorted(s.items())} for t, s in self.sums.items()}
+        found: dict[str, dict[int, float]] = {teacher: {} for teacher, _ in self.sums}
+        for (teacher, index), value in sorted(self.sums.items(), key=lambda item: item[0][1]):
+            found[teacher][index] = value / self.rows[teacher, index]
+        return found
 
     def per_teacher(self) -> dict[str, float]:
         """teacher -> mean over its supervised states."""
@@ -221,12 +224,11 @@ class UpdateLosses:
     def reduced(self, processes: Processes) -> UpdateLosses:
         """Summed over processes (every process walks the same tasks)."""
         if processes.world > 1:
-            keys = [(t, i) for t in self.sums for i in self.sums[t]]
-            flat = torch.tensor([self.sums[t][i] for t, i in keys] + [float(n) for n in self.rows.values()])
-            flat = processes.sum(flat.double()).tolist()
-            for (teacher, index), value in zip(keys, flat, strict=False):
-                self.sums[teacher][index] = value
-            self.rows = dict(zip(self.rows, map(int, flat[len(keys) :]), strict=True))
+            keys = list(self.sums)
+            flat = torch.tensor([*self.sums.values(), *map(float, self.rows.values())], dtype=torch.float64)
+            flat = processes.sum(flat).tolist()
+            self.sums = dict(zip(keys, flat, strict=False))
+            self.rows = dict(zip(keys, map(int, flat[len(keys) :]), strict=True))
         return self
 
 

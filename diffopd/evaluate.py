@@ -22,7 +22,7 @@ from rich.progress import Progress
 
 from diffopd import noise
 from diffopd.adapters import AdapterSwitch, freeze
-from diffopd.assemble import own_denoisers, student_arguments, with_denoiser, with_scheduler
+from diffopd.assemble import own_denoisers, own_guidance, student_arguments, with_denoiser, with_scheduler
 from diffopd.blueprint import pipeline_hashes
 from diffopd.data import PromptRow, read_prompts
 from diffopd.drive import Call, denoiser_of, shell, survey
@@ -91,7 +91,7 @@ def evaluate_run(run_dir: Path, *, everything: bool = False) -> Path:
     student = student_contender(recipe, student_pipeline(folder.path).to(default_device()))
     if not everything:
         references = [c for c in references if c.model != "average"]
-    known = {} if everything else card_results(recipe, cards, tasks)
+    known = {} if everything else card_results(recipe, cards, tasks, references)
     wanted = [(c, t) for c in (*references, student) for t in tasks if (c.key, t.name) not in known]
     results = list(known.values()) + measure(wanted, recipe)
     target = folder.path / "evaluation"
@@ -127,7 +127,7 @@ def reference_contenders(recipe: Recipe, cards: list[TeacherCard]) -> list[Conte
     for settings, card in zip(recipe.teachers, cards, strict=True):
         if card.form in ("base", "ema", "pictures"):  # the base is there already; the student's average is no reference
             continue
-        scale = settings.guidance_scale if settings.guidance_scale is not None else card.guidance_scale
+        scale = own_guidance(settings, card)
         has_own = card.name in own
         pipeline = with_denoiser(base, own[card.name].module) if has_own else shell(base)
         binding = own[card.name].present if has_own else partial(switch.bound, card.name)
@@ -246,10 +246,13 @@ def task_conditions(cards: list[TeacherCard]) -> dict[str, dict[str, Any]]:
 
 
 def card_results(
-    recipe: Recipe, cards: list[TeacherCard], tasks: list[Task]
+    recipe: Recipe, cards: list[TeacherCard], tasks: list[Task], references: list[Contender]
 ) -> dict[tuple[tuple[str, int, float], str], Result]:
-    """What the cards say under exactly these conditions, prompts and seeds; anything else is left to be measured."""
-    known = {}
+    """What the cards say of these references under exactly these conditions, prompts and seeds.
+
+    Anything else is left to be measured.
+    """
+    known, wanted = {}, {contender.key for contender in references}
     base, asked = base_sha256(recipe), task_conditions(cards)
     counts = {task.name: len(task.rows) for task in tasks}
     for settings, card in zip(recipe.teachers, cards, strict=True):
@@ -264,6 +267,8 @@ def card_results(
             if not same_task or row["seeds"] != recipe.evaluate.seeds or len(row["scores"]) < counts[row["task"]]:
                 continue
             contender = row["model"], row["num_inference_steps"], row["guidance_scale"]
+            if contender not in wanted:
+                continue
             scores = row["scores"][: counts[row["task"]]]
             found = Result(contender, row["task"], scores, row["diversity"], row["seconds"], "card")
             known[contender, row["task"]] = found
@@ -311,7 +316,7 @@ def _write(target: Path, results: list[Result], recipe: Recipe, cards: list[Teac
     settings = recipe.evaluate
     rows = [result_row(result, len(result.scores), settings.seeds) for result in results]
     _mark_best_guidance(rows)
-    _add_ratios(rows, results, cards)
+    _add_ratios(rows, results, recipe, cards)
     return atomic_write(
         target / "scores.json", json.dumps({"settings": settings.model_dump(mode="json"), "rows": rows}, indent=1)
     )
@@ -344,14 +349,16 @@ def _mark_best_guidance(rows: list[dict[str, Any]]) -> None:
             max(of_base, key=lambda row: row["score"])["is_best_guidance"] = True
 
 
-def _add_ratios(rows: list[dict[str, Any]], results: list[Result], cards: list[TeacherCard]) -> None:
+def _add_ratios(rows: list[dict[str, Any]], results: list[Result], recipe: Recipe, cards: list[TeacherCard]) -> None:
     """On each teacher's own task: everyone's score over that teacher's at its own steps, paired by prompt."""
-    for card in cards:
-        own = [r for r in results if r.contender[0] == f"teacher:{card.name}" and r.task == card.name]
-        reference = max(own, key=lambda r: r.contender[1], default=None)
+    for settings, card in zip(recipe.teachers, cards, strict=True):
+        own = f"teacher:{card.name}", own_steps(settings, card), own_guidance(settings, card)
+        reference = next((r for r in results if r.contender == own and r.task == card.name), None)
         if reference is None or not np.mean(reference.scores):
             continue
         for row, result in zip(rows, results, strict=True):
-            if result.task == card.name and result is not reference:
+            if result is reference:
+                row["is_reference"] = True
+            elif result.task == card.name:
                 value, low, high = ratio_interval(result.scores, reference.scores)
                 row["ratio"] = {"to": f"teacher:{card.name}", "value": value, "interval": [low, high]}

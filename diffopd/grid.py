@@ -251,12 +251,18 @@ def _check_noise(recipe: Recipe, scheduler: Any, visits: int) -> None:
             f"{place} compares distributions, but {what} draws no noise (std 0). Take objective "
             '"mean", or a stochastic solver (ddim, flow_sde, dance_sde) with noise_level above 0.'
         )
-    ends_still = student.solver in ("native", "ddim", "lcm")
+    ends_still = student.solver in ("native", "ddim", "lcm") and ends_at_picture(scheduler)
     if ends_still and objective.final_step is None and _asks_at(objective.query, visits - 1, visits):
         raise UserError(
             f"{place} is undefined at the last step, which draws no noise (std 0). Set final_step = "
             '"mean" or "skip", or a query without the last step.'
         )
+
+
+def ends_at_picture(scheduler: Any) -> bool:
+    """Whether the walk ends at sigma = 0, where no step draws noise (SD 1.5's own DDIM stops just above it)."""
+    ends_above = getattr(scheduler.config, "final_sigmas_type", "zero") == "sigma_min"
+    return not ends_above and float(getattr(scheduler, "final_alpha_cumprod", 1.0)) == 1.0
 
 
 def draws_noise(recipe: Recipe, scheduler: Any) -> bool:

@@ -15,14 +15,13 @@ from diffopd import estimators
 from diffopd.data_states import next_place, noised
 from diffopd.drive import Call, Visit, Walk
 from diffopd.errors import UserError
-from diffopd.prediction import Transition
+from diffopd.prediction import LEAST_STD, Transition
 from diffopd.sampling import Sampled
 from diffopd.schedulers import Place
 from diffopd.supervise import Manner, NonFiniteLoss, StudentWalk, Watch
 from diffopd.teach_recipe import EstimatorSettings
 
 Backward = Callable[[Tensor], None]
-LEAST_STD = 1e-5  # below it a draw is lost in the rounding of a float32 sample near 1 (DDPM's last step has 1e-10)
 
 
 @dataclass(frozen=True)

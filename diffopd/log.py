@@ -52,7 +52,7 @@ class TrainingLog:
 
     def begins(self, left_out: float) -> None:
         """The student starts as the average of its teachers, but for what its rank leaves out (relative error)."""
-        self._write(kind="begin", begin_from="teacher_average", left_out=left_out)
+        self._write(kind="begin", update=0, begin_from="teacher_average", left_out=left_out)
         if self._is_main:
             text = f"The student begins as its teachers' average; its rank leaves {left_out:.2g} of that out."
             self._bar.console.print(text)

@@ -61,6 +61,7 @@ def run_updates(
         while reason is None:
             watch = Watch()
             losses = one_update(run, trained, watch)
+            watch.evaluations = run.processes.sum_counts(watch.evaluations)
             progress.update += 1
             progress.seconds = run.processes.of_main(time.monotonic() - began)  # schedules must not differ
             log.update(losses, trained.optimizer.param_groups[0]["lr"], watch)

@@ -137,9 +137,10 @@ def _adaptable(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _cut(delta: Tensor, rank: int) -> tuple[Tensor, Tensor, LayerDelta]:
-    """Factors of the best approximation; each gets the root of the singular values."""
+    """Factors of the best approximation, of the delta's own rank if that is less; each gets the root of the values."""
     u, s, v = torch.linalg.svd(delta.flatten(1), full_matrices=False)
-    rank = min(rank, len(s))
+    needed = int((s > s[0] * len(s) * torch.finfo(s.dtype).eps).sum())  # matrix rank; none for a delta of zeros
+    rank = min(rank, needed)
     root = s[:rank].sqrt()
     a = (root[:, None] * v[:rank]).reshape(rank, *delta.shape[1:])
     b = (u[:, :rank] * root).reshape(delta.shape[0], rank, *[1] * (delta.ndim - 2))

@@ -7,7 +7,6 @@ velocity difference |dv|^2 at the same state, is in its docstring.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from diffopd.path import Path
-from diffopd.prediction import Proposal, Step
+from diffopd.prediction import LEAST_STD, Proposal, Step
 
 ObjectiveFunction = Callable[[Proposal, Proposal, Step], Tensor]
 
@@ -118,7 +117,7 @@ OBJECTIVES: dict[str, Objective] = {
 
 
 def get_objective(name: str, final_step: str | None = None, solver: str = "native") -> ObjectiveFunction:
-    """The objective `name`. final_step: what a step with std 0 does under one that divides by the std.
+    """The objective `name`. final_step: what a step with std 0 (below `LEAST_STD`) does under one that divides by it.
 
     "skip" gives it loss 0, "mean" the mean matching of Eq. (12), None refuses it. solver: only `released_sde` asks.
     Raises ValueError for unknown names; the returned function raises it at a std-0 step when final_step is None.
@@ -143,7 +142,7 @@ def _with_final_step(
     name: str,
     final_step: str | None,
 ) -> Tensor:
-    if not math.isclose(student.transition.std, 0.0, abs_tol=1e-12):
+    if student.transition.std > LEAST_STD:
         return function(student, teacher, step)
     if final_step == "mean":
         return mean(student, teacher, step)

@@ -59,6 +59,9 @@ class Step:
         return self.sigma_next - self.sigma
 
 
+LEAST_STD = 1e-5  # below it a draw is lost in the rounding of a float32 sample near 1 (DDPM's last step has 1e-10)
+
+
 @dataclass(frozen=True)
 class Transition:
     """N(mean, std^2) over the next sample; std is the standard deviation of THIS step, 0 for an ODE step.

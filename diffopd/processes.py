@@ -7,7 +7,8 @@ pipelines, so the raw module is kept and its gradients are summed once, after th
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +48,14 @@ class Processes:
         if self.world > 1:
             dist.all_reduce(value)
         return value
+
+    def sum_counts(self, counts: Mapping[str, int]) -> dict[str, int]:
+        """Counts by name, summed over processes; a name may be absent in some."""
+        if self.world == 1:
+            return dict(counts)
+        held: list[dict[str, int]] = [{}] * self.world
+        dist.all_gather_object(held, dict(counts))
+        return dict(sum(map(Counter, held), Counter()))
 
     def agree(self, value: bool) -> bool:
         """True on all processes if it is True on any."""

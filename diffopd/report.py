@@ -108,9 +108,7 @@ def _teacher(settings: TeacherSettings, recipe: Recipe, scores: list[Row], hashe
     except UserError:  # the teacher has moved since; the run folder still knows most of it
         card = None
     name = card.name if card else Path(settings.name).name
-    own = max(
-        (r for r in scores if r["model"] == f"teacher:{name}"), key=lambda r: r["num_inference_steps"], default={}
-    )
+    own = next((r for r in scores if r["model"] == f"teacher:{name}" and r.get("is_reference")), {})
     row = {"name": name, "weight": settings.weight, "form": card.form if card else None}
     for key in ("guidance_scale", "num_inference_steps"):
         asked = getattr(settings, key)
@@ -165,18 +163,14 @@ def score_table(rows: list[Row], teachers: list[str]) -> dict[str, Any] | None:
 
 
 def student_ratios(rows: list[Row], teachers: list[str]) -> list[Row]:
-    """Per teacher: the student's score on its task as a share of the teacher's own at its most steps."""
+    """Per teacher: the student's score on its task as a share of the teacher's own at the teacher's own steps."""
     found = []
     for name in teachers:
         on_task = [row for row in rows if row["task"] == name]
         student = next((row for row in on_task if row["model"] == "student"), None)
-        own = [row for row in on_task if row["model"] == f"teacher:{name}"]
-        if student is None or not own:
-            continue
-        teacher = max(own, key=lambda row: row["num_inference_steps"])
-        if teacher["score"]:
-            given = {"value": student["score"] / teacher["score"], "interval": None} | student.get("ratio", {})
-            found.append({"name": name, "student": student, "teacher": teacher, **given})
+        teacher = next((row for row in on_task if row.get("is_reference")), None)
+        if student and teacher:
+            found.append({"name": name, "student": student, "teacher": teacher, **student["ratio"]})
     return found
 
 

@@ -16,6 +16,7 @@ from diffopd.path import Path
 from diffopd.prediction import Prediction, Step, Transition
 
 History = tuple[Prediction, ...]
+NEARLY = 5e-4  # how near to 1 a first sigma counts as 1
 
 
 def euler(prediction: Prediction, step: Step, history: History, *, noise_level: float) -> Transition:
@@ -28,9 +29,10 @@ def flow_sde(prediction: Prediction, step: Step, history: History, *, noise_leve
 
     mean = (1 + g^2 dt / 2s) x + (1 + g^2 (1 - s) / 2s) v dt, std = g sqrt(|dt|). At s = 1 the grid's second sigma
     stands in for s in 1 - s of g alone, as released; that step's variance is then a^2 whatever the number of steps.
+    Some schedulers begin a hair below 1 (.999999, .99967), where g would be a hundred: that counts as 1, too.
     """
     s, dt = step.sigma, step.dt
-    g2 = noise_level**2 * s / (1 - (step.sigma_next if s == 1 else s))
+    g2 = noise_level**2 * s / (1 - (step.sigma_next if s > 1 - NEARLY else s))
     mean = (1 + g2 * dt / (2 * s)) * step.sample + (1 + g2 * (1 - s) / (2 * s)) * dt * prediction.velocity
     return Transition(mean, math.sqrt(g2 * -dt))
 

@@ -10,20 +10,23 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from diffopd import checkpoint
+from diffopd import checkpoint, log
 from diffopd import distill as loop
 from diffopd import loop as common
 from diffopd.cli import app
 from diffopd.errors import UserError
 from diffopd.recipe import read_recipe
 from diffopd.run_folder import RunFolder
-from diffopd.supervise import Watch
+from diffopd.supervise import StateLoss, Watch
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -550,6 +553,26 @@ def test_an_ema_teacher_follows_the_student(tiny_sd, tmp_path):
         assert not written[name].requires_grad
 
 
+def test_an_ema_teacher_of_a_warm_start_with_ranks_and_alphas_by_layer_is_the_student(tiny_sd, tiny_recipe, tmp_path):
+    pipeline, other = tiny.load_pipeline(tiny_sd), tiny.load_pipeline(tiny_sd)
+    config = LoraConfig(
+        r=4, target_modules=["to_q", "to_v"], rank_pattern={"to_v": 2}, alpha_pattern={"to_q": 16}, lora_alpha=4
+    )
+    other.unet.add_adapter(config)
+    for name, parameter in other.unet.named_parameters():
+        if "lora_" in name:
+            torch.nn.init.normal_(parameter, std=0.2)
+    state = get_peft_model_state_dict(other.unet)
+    pipeline.save_lora_weights(tmp_path, state, unet_lora_adapter_metadata=config.to_dict())
+    me = tiny.write_teacher(tmp_path / "shelf" / "me", tiny_sd, form="ema")
+    recipe = tiny.write_recipe(tmp_path / "r.toml", tiny_sd, [me])
+    run, _ = prepared(recipe_with(recipe, f'student.init_weights="{tmp_path}"'))
+    with run.teachers[0].call.binding():
+        follower = predictions(run.teachers[0].call.pipeline.unet)
+    assert torch.equal(follower, predictions(run.student.pipeline.unet))
+    assert torch.allclose(follower, predictions(other.unet), atol=1e-6), "the file's alphas and ranks are honoured"
+
+
 def test_learning_rate_warms_up_and_falls_as_a_cosine(tiny_recipe):
     recipe = recipe_with(
         tiny_recipe, "train.lr_warmup_steps=10", 'train.lr_scheduler="cosine"', "train.max_train_steps=100"
@@ -567,6 +590,15 @@ def test_trackers_get_the_numbers_of_every_row(tiny_recipe):
     assert list((folder.path / "tensorboard").rglob("events.*"))
 
 
+def test_every_row_of_a_run_reaches_a_tracker(tiny_recipe, monkeypatch):
+    seen = []
+    tracker = SimpleNamespace(log=lambda values, step: seen.append((step, values)), finish=lambda: seen.append("end"))
+    monkeypatch.setattr(log, "start_trackers", lambda *told: [tracker])
+    folder = run_to_end(recipe_with(tiny_recipe, BEGIN))
+    assert [step for step, _ in seen[:-1]] == [row["update"] for row in folder.metrics()]
+    assert any("left_out" in name for name in seen[0][1]) and seen[-1] == "end"
+
+
 def test_a_tracker_or_backend_that_is_not_there_is_named_before_training(tiny_recipe, tmp_path):
     with pytest.raises(UserError, match=r"diffopd\[xformers\]"):
         run_to_end(recipe_with(tiny_recipe, 'train.attention_backend="xformers"', f'output_dir="{tmp_path}/a"'))
@@ -578,8 +610,8 @@ def test_a_tracker_or_backend_that_is_not_there_is_named_before_training(tiny_re
 
 def test_the_command_in_two_processes_is_the_command_with_a_doubled_batch(tiny_recipe, tmp_path, monkeypatch):
     """`--processes 2` at batch 2 and the loop alone at batch 4 train the same weights."""
-    one = weights_of(run_to_end(recipe_with(tiny_recipe, "train.batch_size=4")), 2)
-    folder = RunFolder(tmp_path / "two")
+    alone = run_to_end(recipe_with(tiny_recipe, "train.batch_size=4"))
+    one, folder = weights_of(alone, 2), RunFolder(tmp_path / "two")
     arguments = ["distill", str(tiny_recipe), "--output-dir", str(folder.path), "--processes", "2"]
     monkeypatch.setattr(sys, "argv", ["diffopd", *arguments, "--set", "evaluate.teachers=false"])
     with pytest.raises(SystemExit) as ended:
@@ -589,6 +621,8 @@ def test_the_command_in_two_processes_is_the_command_with_a_doubled_batch(tiny_r
     two = weights_of(folder, 2)
     for name in one:
         torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=1e-5)
+    counted = [[row["network_calls"] for row in rows_of(path, "update")] for path in (alone, folder)]
+    assert counted[0] == counted[1] and counted[0][0]["student"] > 0, "calls are those of all processes"
 
 
 def test_a_group_on_gpus_also_sums_tensors_of_the_cpu(monkeypatch):
@@ -639,3 +673,11 @@ def test_a_task_drawn_twice_in_one_update_is_asked_other_prompts(tiny_recipe):
     teacher = run.teachers[0]
     first, second = ([loop.pick_row(run, teacher, 0, slot, n).prompt for n in (0, 1)] for slot in (0, 1))
     assert set(first).isdisjoint(second)
+
+
+def test_losses_of_a_task_drawn_twice_with_other_states_are_means_over_the_rows_of_each_state():
+    record = loop.UpdateLosses()
+    for index, loss in ((0, 1.0), (1, 3.0), (1, 1.0)):
+        record.add("dots", [StateLoss(index, 0.5, torch.full((2,), loss))], 2)
+    assert record.per_step() == {"dots": {0: 1.0, 1: 2.0}}
+    assert record.mean() == 1.5

@@ -1,6 +1,7 @@
 """Scores of cards stand in only for what they were measured on."""
 
 import importlib.util
+import json
 import shutil
 from pathlib import Path
 
@@ -22,7 +23,9 @@ def read(place, *overrides):
 
 def known(place, *overrides):
     recipe, cards = read(place, *overrides)
-    return set(evaluation.card_results(recipe, cards, evaluation.tasks_of(cards, 2)))
+    of_cards = [row for card in cards for row in json.loads((card.folder / "scores.json").read_text())["rows"]]
+    asked = [evaluation.Contender(r["model"], None, r["num_inference_steps"], r["guidance_scale"]) for r in of_cards]
+    return set(evaluation.card_results(recipe, cards, evaluation.tasks_of(cards, 2), asked))
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +60,19 @@ def test_a_card_holds_its_teacher_on_all_tasks_and_the_base_on_its_own(scored):
 def test_scores_of_a_card_are_those_that_a_measurement_gives(scored):
     recipe, cards = read(scored)
     tasks = evaluation.tasks_of(cards, 2)
-    of_cards = evaluation.card_results(recipe, cards, tasks)
-    teacher = next(c for c in evaluation.reference_contenders(recipe, cards) if c.key == ("teacher:dots", 8, 2.0))
+    references = evaluation.reference_contenders(recipe, cards)
+    of_cards = evaluation.card_results(recipe, cards, tasks, references)
+    teacher = next(c for c in references if c.key == ("teacher:dots", 8, 2.0))
     measured = evaluation.measure([(teacher, tasks[1])], recipe)[0]
     assert of_cards[teacher.key, "lines"].scores == pytest.approx(measured.scores, abs=1e-4)
+
+
+def test_a_card_answers_only_for_the_settings_that_are_asked_for(scored):
+    recipe, cards = read(scored, "evaluate.guidance_scales=[1.0]", "teachers.0.guidance_scale=3.0")
+    tasks, references = evaluation.tasks_of(cards, 2), evaluation.reference_contenders(recipe, cards)
+    found = {key for key, _ in evaluation.card_results(recipe, cards, tasks, references)}
+    assert found == {("base", 8, 1.0), ("teacher:lines", 8, 1.0), ("teacher:lines", 2, 1.0)}
+    assert evaluation.card_results(recipe, cards, tasks, []) == {}
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ from cast import cast_for, draws, scheduler_named
 from diffopd import estimators
 from diffopd.data import PromptRow
 from diffopd.drive import Call, survey
-from diffopd.learning import LEAST_STD, Measures, Sides, learn
-from diffopd.prediction import Prediction
+from diffopd.learning import Measures, Sides, learn
+from diffopd.prediction import LEAST_STD, Prediction
 from diffopd.sampling import joined, sample
 from diffopd.supervise import Manner
 from diffopd.teach_recipe import EstimatorSettings

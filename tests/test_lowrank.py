@@ -11,10 +11,11 @@ import torch
 from cast import arguments, pipeline_with, scheduler_named
 from torch import nn
 
+from diffopd.adapters import add_adapter
 from diffopd.drive import denoiser_of
 from diffopd.errors import UserError
 from diffopd.load import load_lora
-from diffopd.lowrank import low_rank, reloaded_error, save_lora
+from diffopd.lowrank import begin_at, low_rank, reloaded_error, save_lora
 
 SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "lowrank_teacher.py"
 
@@ -75,6 +76,21 @@ def test_a_higher_rank_is_cut_best_and_what_is_left_is_said(tmp_path):
     assert left == pytest.approx(float(torch.linalg.svdvals(delta)[4:].norm()), rel=1e-3)
     load_lora(pipeline, str(save_lora(found[4], pipeline, tmp_path)), adapter_name="back")
     assert reloaded_error(found[4], denoiser, teacher, "back") == pytest.approx(found[4].error, rel=1e-4)
+
+
+def test_directions_that_a_delta_does_not_need_can_still_be_learnt():
+    """Where B = 0 and A = 0 there is no gradient, ever: only what the delta needs is overwritten."""
+    unet = pipeline_with(scheduler_named("ddim")).unet
+    add_adapter(unet, "student", rank=4, lora_alpha=4, target_modules=["to_q", "to_k"])
+    layers = {n: m for n, m in unet.named_modules() if hasattr(m, "lora_A") and n.split(".")[-1] in ("to_q", "to_k")}
+    one, none = list(layers)[:2]
+    fresh = {name: layers[name].lora_A["student"].weight.clone() for name in (one, none)}
+    rows, columns = layers[one].weight.shape
+    delta = torch.ones(rows, 1) @ torch.arange(1.0, columns + 1)[None]
+    assert begin_at(unet, "student", {one: delta, none: torch.zeros_like(layers[none].weight)}) < 1e-5
+    torch.testing.assert_close(layers[one].get_delta_weight("student"), delta, rtol=1e-4, atol=1e-4)
+    assert torch.equal(layers[one].lora_A["student"].weight[1:], fresh[one][1:])
+    assert torch.equal(layers[none].lora_A["student"].weight, fresh[none])
 
 
 def test_layers_of_a_lower_rank_keep_their_scale(tmp_path):

@@ -103,6 +103,16 @@ def test_a_step_without_noise_does_what_final_step_says(name):
         get_objective(name)(said, taught, step)
 
 
+@pytest.mark.parametrize("name", NOISY)
+def test_a_std_that_float32_cannot_resolve_counts_as_none(name):
+    """DDPM's last step has 1e-10: a KL of 1e15 there would drown every other step."""
+    said, taught, step, _ = sides("vp", "ddim", 0.7, sigma_next=0.0)
+    tiny = [replace(side, transition=Transition(side.transition.mean, 1e-10)) for side in (said, taught)]
+    assert get_objective(name, "skip")(*tiny, step).abs().max() == 0
+    with pytest.raises(ValueError, match="final_step"):
+        get_objective(name)(*tiny, step)
+
+
 def test_a_skipped_step_keeps_a_graph_so_that_backward_can_be_called():
     step, velocity = Step(drawn(1), 0.8, 0.0, 3), drawn(2).requires_grad_()
     said, taught = (

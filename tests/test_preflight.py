@@ -228,7 +228,10 @@ def test_a_kl_without_noise_is_refused(recipe_file):
     assert "undefined at the last step" in refusal(recipe_file, *noisy)
     for remedy in ("objective.final_step=mean", "objective.query={indices=[0]}"):
         check(read_recipe(recipe_file, [*noisy, remedy]))
-    check(read_recipe(recipe_file, ["objective.name=kl", "student.call.eta=0.5", "objective.final_step=skip"]))
+    native = ["objective.name=kl", "student.call.eta=0.5"]
+    assert "undefined at the last step" in refusal(recipe_file, *native)
+    check(read_recipe(recipe_file, [*native, "objective.final_step=skip"]))
+    check(read_recipe(recipe_file, [*native, "student.scheduler.set_alpha_to_one=false"]))
 
 
 def test_the_noise_at_alpha_zero_is_refused(recipe_file):

@@ -12,7 +12,7 @@ from diffopd import charts
 from diffopd.charts import Series
 from diffopd.errors import UserError
 from diffopd.recipe import read_recipe
-from diffopd.report import duration, student_ratios, write_report
+from diffopd.report import duration, write_report
 from diffopd.run_folder import RunFolder
 
 EVIL = '"><script>alert("prompt")</script>'
@@ -92,7 +92,8 @@ def score_rows() -> list[dict]:
     rows = []
     for task in TASKS:
         rows += [score_row("base", task, 20, scale, 0.1 * scale, source="card") for scale in (1.0, 4.0, 2.0)]
-        rows += [score_row(f"teacher:{task}", task, steps, 2.5, 0.04 * steps + 0.1) for steps in (2, 20)]
+        rows.append(score_row(f"teacher:{task}", task, 20, 2.5, 0.9, is_reference=True))
+        rows.append(score_row(f"teacher:{task}", task, 40, 2.5, 0.95))
         ratio = {"to": f"teacher:{task}", "value": 0.8888, "interval": [0.8123, 0.9456]}
         rows.append(score_row("student", task, 2, 1.0, 0.8, ratio=ratio))
     return rows
@@ -160,16 +161,10 @@ def test_the_score_table_shows_every_row_and_marks_the_best_guidance_of_the_base
     assert "64 prompts a task, seeds 0, 1" in words and "† from the card" in words
 
 
-def test_the_students_ratio_is_to_the_teacher_at_its_most_steps(full_run):
+def test_the_students_ratio_is_to_the_teacher_at_its_own_steps(full_run):
     words = words_of(page_of(full_run))
     assert "88.9 % of the teacher’s score at 20 steps and guidance 2.5 (0.800 to 0.900)" in words
     assert "95 % interval 81.2 to 94.6 %" in words
-
-
-def test_a_ratio_that_the_scores_do_not_hold_is_computed():
-    rows = [{key: value for key, value in row.items() if key != "ratio"} for row in score_rows()]
-    ratios = student_ratios(rows, list(TASKS))
-    assert [ratio["value"] for ratio in ratios] == pytest.approx([0.8 / 0.9] * 2)
 
 
 def test_losses_are_drawn_per_teacher_per_state_and_held_out(full_run):

@@ -74,7 +74,7 @@ def test_the_bases_best_guidance_is_marked_once_a_task_and_ratios_are_paired(fin
         best = [row for row in base if row.get("is_best_guidance")]
         assert len(best) == 1 and best[0]["score"] == max(row["score"] for row in base)
         student = next(row for row in rows if row["model"] == "student" and row["task"] == task)
-        teacher = next(r for r in rows if r["model"] == f"teacher:{task}" and r["task"] == task and not r.get("ratio"))
+        teacher = next(r for r in rows if r["model"] == f"teacher:{task}" and r["task"] == task and "is_reference" in r)
         assert student["ratio"]["value"] == pytest.approx(student["score"] / teacher["score"])
 
 
@@ -125,7 +125,8 @@ def test_scores_of_a_card_stand_in_for_exactly_its_weights(finished, tiny_sd, ti
     found = [r for r in scores_of(path) if r["model"] == "teacher:dots" and r["num_inference_steps"] == 8]
     assert found[0]["source"] == "measured" and found[0]["score"] != 0.25
     (shelf / "scores.json").write_text(json.dumps(stored | {"conditions": conditions | {"weights_sha256": "0" * 64}}))
-    assert evaluation.card_results(recipe, cards, evaluation.tasks_of(cards, 2)) == {}
+    references = evaluation.reference_contenders(recipe, cards)
+    assert evaluation.card_results(recipe, cards, evaluation.tasks_of(cards, 2), references) == {}
 
 
 def test_an_export_is_reloaded_by_a_stranger_to_the_students_pictures(exported):

@@ -111,6 +111,14 @@ def test_the_flow_sde_from_pure_noise_injects_a_squared_whatever_the_number_of_s
     assert slope([100, 1000], [abs(e - noise_level**4 / 4) for e in excess[:2]]) == pytest.approx(1, abs=0.15)
 
 
+@pytest.mark.parametrize("first", [0.999999, 0.99967])
+def test_a_first_sigma_a_hair_below_one_gives_the_flow_sde_no_other_noise(first):
+    """UniPC's and DPM-Solver++'s flow grids begin there."""
+    solver, sample = get_solver("flow_sde", PATHS["flow"], 0.7), torch.zeros(1, 1)
+    stds = [solver(exact(PATHS["flow"], sample, s), Step(sample, s, 0.96, 0), ()).std for s in (1.0, first)]
+    assert stds[1] == pytest.approx(stds[0], rel=0.01)
+
+
 def test_a_whole_flow_sde_walk_from_pure_noise_does_not_converge_but_one_from_below_does():
     def ratio(start: float) -> float:
         few, many = (abs(marginal_error("flow_sde", PATHS["flow"], 0.7, start, count)[1]) for count in (400, 800))
