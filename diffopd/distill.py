@@ -329,9 +329,11 @@ def told_size(size: Size | None) -> dict[str, int]:
 
 
 def manner_of(recipe: Recipe, num_visits: int, update: int, slot: int, *rows: int) -> Manner:
-    """How this micro-batch walks and is compared; queries are drawn once per micro-batch from (seed, update, slot).
+    """How this micro-batch walks and is compared.
 
-    rows: further integers to draw from, where each row of a batch has states of its own.
+    Queries are drawn from (seed, update, slot): all micro-batches and processes of a task's turn supervise the same
+    states, so that a gradient does not depend on how its batch is split. rows: further integers to draw from, where
+    each row of a batch has states of its own.
     """
     objective = recipe.objective
     return Manner(

@@ -27,7 +27,9 @@ class TrainingLog:
         self._folder, self._progress, self._is_main = folder, progress, is_main
         train = recipe.train
         self._by_time = not train.max_train_steps
-        self._total = train.max_train_seconds if self._by_time else train.max_train_steps
+        self._total = (
+            train.max_train_seconds if self._by_time else train.max_train_steps
+        ) or None  # None: no end is known
         self._last = time.monotonic()
         self._smooth: dict[str, float] = {}
         self._rate: float | None = None

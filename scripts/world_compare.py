@@ -38,11 +38,12 @@ def with_pictures(folder: Path) -> list[Path]:
     """Copies of the teachers whose prompt rows each name a picture of what they say."""
     copies = []
     for task in world.TASKS:
-        copied = folder / task
-        copies.append(copied)
-        if (copied / "teacher.toml").is_file():
+        copies.append(folder / task)
+        if copies[-1].is_dir():
             continue
-        shutil.copytree(ROOT / "teachers" / task, copied, dirs_exist_ok=True)
+        copied = folder / f"{task}.unfinished"
+        shutil.rmtree(copied, ignore_errors=True)
+        shutil.copytree(ROOT / "teachers" / task, copied)
         card = (copied / "teacher.toml").read_text()
         (copied / "teacher.toml").write_text(card.replace("../world.py", str(ROOT / "teachers" / "world.py")))
         for split in ("train", "test"):
@@ -54,6 +55,7 @@ def with_pictures(folder: Path) -> list[Path]:
                 draw_row(task, row, rng).save(copied / "prompts" / split / f"{number}.png")
                 row["file_name"] = f"{split}/{number}.png"
             file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        copied.rename(copies[-1])
     return copies
 
 

@@ -81,7 +81,7 @@ def card_text(card: TeacherCard, rows: list[dict[str, Any]], seeds: list[int]) -
         "",
         f"Measured by `scripts/world_scores.py {card.name} --prompts {count}` on held-out prompts (seeds {seeds}; 95 % "
         "bootstrap interval;",
-        "diversity is the mean distance of pictures at 12 x 12 pixels). `scores.json` holds the same by prompt.",
+        "diversity is the mean distance of pictures at 16 x 16 pixels). `scores.json` holds the same by prompt.",
         "",
         "| model | task | steps | guidance | score | interval | diversity |",
         "|---|---|---|---|---|---|---|",

@@ -5,13 +5,15 @@
 
 `measure` scores, on each task's own held-out prompts: the task's teacher at its own steps and at the student's, the
 teachers' weight average and the base at the student's steps, and the student of every RUN. Each (model, task) is one
-file in DIR, so what is there is not measured again and tasks may be measured by different processes at the same time.
-The RUNs must be of one recipe that differs in its seed only. `table` gives score and ratio to the teacher with 95 %
-bootstrap intervals; over several students both prompts and trainings are drawn.
+file in DIR, so what is there is not measured again and tasks may be measured by different processes at the same time;
+scores of other weights are refused, not reused. The RUNs must be of one recipe that differs in its seed only. `table`
+gives score and ratio to the teacher with 95 % bootstrap intervals. Drawn is what the prompts ask for (a scene, a word,
+a thing in a manner), with all its wordings and noises; over several students trainings are drawn, too.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import defaultdict
 from pathlib import Path
@@ -22,12 +24,21 @@ import torch
 import typer
 from world_models import world
 
+from diffopd.data import read_prompts
 from diffopd.errors import UserError
-from diffopd.evaluate import Contender, Task, measure, reference_contenders, student_contender, tasks_of
+from diffopd.evaluate import (
+    Contender,
+    Task,
+    base_sha256,
+    measure,
+    reference_contenders,
+    student_contender,
+    tasks_of,
+)
 from diffopd.load import student_pipeline
 from diffopd.recipe import Recipe
 from diffopd.run_folder import RunFolder, atomic_write
-from diffopd.teacher import teacher_card
+from diffopd.teacher import TeacherCard, teacher_card, weights_sha256
 
 app = typer.Typer(help=__doc__, no_args_is_help=True)
 KINDS = ("student", "teacher", "average", "base")
@@ -59,6 +70,7 @@ def measure_all(
     task: Annotated[list[str], typer.Option(help="may be given several times")] = list(world.TASKS),  # noqa: B006
     what: Annotated[list[str], typer.Option(help=f"of {', '.join(KINDS)}; all by default")] = list(KINDS),  # noqa: B006
     batch: int = 50,
+    unseen: Annotated[bool, typer.Option(help="style's pairs of thing and manner that no training saw")] = False,
 ) -> None:
     """Score what is not scored yet."""
     unknown = [*({*task} - {*world.TASKS}), *({*what} - {*KINDS})]
@@ -71,43 +83,94 @@ def measure_all(
         typer.echo(f"Error: {error}", err=True)
         raise typer.Exit(1) from error
     output.mkdir(parents=True, exist_ok=True)
+    check_runs(opened)
     recipe = opened[0].recipe()
     settings = recipe.evaluate.model_copy(update={"batch_size": batch, "seeds": [0]})
     recipe = recipe.model_copy(update={"evaluate": settings})
-    tasks = {t.name: t for t in tasks_of([teacher_card(s.name, recipe.path) for s in recipe.teachers], prompts)}
+    cards = [teacher_card(s.name, recipe.path) for s in recipe.teachers]
+    tasks = {t.name: t for t in tasks_of(cards, prompts)}
+    if unseen:
+        task, tasks = ["style"], {"style": unseen_pairs(tasks["style"], cards, prompts)}
     for name in task:
+        weights = reference_weights(recipe)
         for kind, contender in references(recipe, name):
             if kind in what:
-                score(contender, contender.model.replace(":", "-"), tasks[name], recipe, output)
+                score(contender, contender.model.replace(":", "-"), weights, tasks[name], recipe, output)
         for folder in opened if "student" in what else []:
             student = student_contender(folder.recipe(), student_pipeline(folder.path))
-            score(student, f"student-{folder.path.name}", tasks[name], recipe, output)
+            weights = weights_sha256(folder.latest_checkpoint())
+            score(student, f"student-{folder.path.name}", weights, tasks[name], recipe, output)
 
 
-def score(contender: Contender, label: str, task: Task, recipe: Recipe, output: Path) -> None:
-    """One file of scores, prompt by prompt."""
+def unseen_pairs(style: Task, cards: list[TeacherCard], prompts: int) -> Task:
+    """The style task on prompts/unseen.jsonl; they are few, so each comes again with other noise."""
+    (card,) = [card for card in cards if card.name == "style"]
+    rows = read_prompts(card.folder / "prompts" / "unseen.jsonl")
+    return Task("style", (rows * -(-prompts // len(rows)))[:prompts], style.reward)
+
+
+def check_runs(runs: list[RunFolder]) -> None:
+    """Raises typer.BadParameter for two runs of one name (one file of scores) or of different recipes."""
+    kept = [run.recipe().model_dump(mode="json", exclude={"seed", "output_dir", "path"}) for run in runs]
+    for number, (run, recipe) in enumerate(zip(runs, kept, strict=True)):
+        if run.path.name in [other.path.name for other in runs[:number]]:
+            raise typer.BadParameter(f"two runs are named {run.path.name!r}; scores are kept by that name, rename one")
+        different = [key for key in recipe if recipe[key] != kept[0][key]]
+        if different:
+            raise typer.BadParameter(
+                f"{run.path} and {runs[0].path} differ in [{different[0]}], not only in their seed"
+            )
+
+
+def reference_weights(recipe: Recipe) -> str:
+    """One hash of the base and all teachers."""
+    cards = [teacher_card(settings.name, recipe.path).digest() for settings in recipe.teachers]
+    return hashlib.sha256(" ".join([base_sha256(recipe), *map(str, cards)]).encode()).hexdigest()
+
+
+def score(contender: Contender, label: str, weights: str, task: Task, recipe: Recipe, output: Path) -> None:
+    """One file of scores, prompt by prompt. Raises typer.BadParameter where it holds those of other weights."""
     steps, scale = contender.num_inference_steps, contender.guidance_scale
     target = output / f"{task.name}--{label}--{steps}-steps--guidance-{scale:g}.json"
-    if target.is_file() and len(json.loads(target.read_text())["scores"]) == len(task.rows):
-        return
+    if target.is_file():
+        kept = json.loads(target.read_text())
+        if kept["weights"] != weights:
+            raise typer.BadParameter(f"{target} holds scores of other weights; give another --output, or remove it")
+        if len(kept["scores"]) == len(task.rows):
+            return
     (result,) = measure([(contender, task)], recipe)
     row = {"task": task.name, "model": contender.model, "label": label, "steps": steps, "guidance_scale": scale}
-    row |= {"diversity": result.diversity, "seconds": round(result.seconds, 1)}
-    atomic_write(target, json.dumps(row | {"scores": [round(s, 4) for s in result.scores]}) + "\n")
+    row |= {"diversity": result.diversity, "seconds": round(result.seconds, 1), "weights": weights}
+    row |= {"scores": [round(s, 4) for s in result.scores], "asked": asked_of(task)}
+    atomic_write(target, json.dumps(row) + "\n")
 
 
-def bootstrap(students: np.ndarray, teacher: np.ndarray, draws: int = 4000) -> tuple[float, list[float], list[float]]:
+def asked_of(task: Task) -> list[int]:
+    """What each prompt asks for, as a number: equal for other wordings of the same."""
+    numbers: dict[str, int] = {}
+    return [numbers.setdefault(json.dumps(row.metadata, sort_keys=True), len(numbers)) for row in task.rows]
+
+
+def bootstrap(
+    students: np.ndarray, teacher: np.ndarray, asked: np.ndarray, draws: int = 4000
+) -> tuple[float, list[float], list[float]]:
     """Mean score, its interval, and the interval of its ratio to the teacher's.
 
-    students: (trainings, prompts); teacher: (prompts,). Prompts are drawn in pairs; trainings too where there are some.
+    students: (trainings, prompts); teacher and asked: (prompts,). Prompts that ask for the same are drawn together, on
+    both sides; trainings are drawn where there are several.
     """
-    rng, (trainings, count) = np.random.default_rng(0), students.shape
+    rng, (_, asked) = np.random.default_rng(0), np.unique(asked, return_inverse=True)
+    (trainings, _), groups = students.shape, int(asked.max()) + 1
+    rows, own, counts = (
+        np.stack([np.bincount(asked, weights=row, minlength=groups) for row in held])
+        for held in (students, teacher[None], np.ones((1, len(asked))))
+    )
     scores, ratios = [], []
     for _ in range(draws):
-        prompts = rng.integers(count, size=count)
-        rows = students[rng.integers(trainings, size=trainings)][:, prompts]
-        scores.append(rows.mean())
-        ratios.append(rows.mean() / teacher[prompts].mean())
+        drawn = rng.integers(groups, size=groups)
+        score = rows[rng.integers(trainings, size=trainings)][:, drawn].sum() / trainings / counts[0, drawn].sum()
+        scores.append(score)
+        ratios.append(score * counts[0, drawn].sum() / own[0, drawn].sum())
     spread = [np.quantile(values, (0.025, 0.975)).tolist() for values in (scores, ratios)]
     return float(students.mean()), spread[0], spread[1]
 
@@ -127,18 +190,21 @@ def table(
     if as_json:
         typer.echo(json.dumps(rows))
         return
-    typer.echo("| task | model | steps | guidance | score | of the teacher | prompts |\n|---|---|---|---|---|---|---|")
+    head = ("task", "model", "steps", "guidance", "score", "of the teacher", "prompts (asking for)")
+    typer.echo(f"| {' | '.join(head)} |\n{'|---' * len(head)}|")
     for row in rows:
         (low, high), (below, above) = row["interval"], row["ratio_interval"]
         typer.echo(
             f"| {row['task']} | {row['model']} | {row['steps']} | {row['guidance_scale']:g} | {row['score']:.3f} "
-            f"({low:.3f} to {high:.3f}) | {row['ratio']:.3f} ({below:.3f} to {above:.3f}) | {row['num_prompts']} |"
+            f"({low:.3f} to {high:.3f}) | {row['ratio']:.3f} ({below:.3f} to {above:.3f}) | {row['num_prompts']} "
+            f"({row['num_asked']}) |"
         )
 
 
 def rows_of(files: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows of one task. Raises typer.Exit where its teacher's own score is missing."""
     groups: dict[tuple[str, int, float], list[list[float]]] = defaultdict(list)
+    asked = np.array(files[0]["asked"])
     for file in files:
         setting = file["steps"], file["guidance_scale"]
         groups[file["label"], *setting].append(file["scores"])
@@ -152,10 +218,12 @@ def rows_of(files: list[dict[str, Any]]) -> list[dict[str, Any]]:
     rows = []
     for (label, steps, scale), scores in groups.items():
         held = np.array([given[: len(teacher)] for given in scores])
-        mean, interval, ratio_interval = bootstrap(held, teacher[: held.shape[1]])
+        count = held.shape[1]
+        mean, interval, ratio_interval = bootstrap(held, teacher[:count], asked[:count])
         row = {"task": files[0]["task"], "model": label, "steps": steps, "guidance_scale": scale, "score": mean}
-        row |= {"interval": interval, "ratio": mean / float(teacher[: held.shape[1]].mean())}
-        rows.append(row | {"ratio_interval": ratio_interval, "num_prompts": held.shape[1], "trainings": len(scores)})
+        row |= {"interval": interval, "ratio": mean / float(teacher[:count].mean()), "ratio_interval": ratio_interval}
+        row |= {"num_prompts": count, "num_asked": len(np.unique(asked[:count])), "trainings": len(scores)}
+        rows.append(row)
     return rows
 
 

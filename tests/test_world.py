@@ -133,6 +133,7 @@ def test_prompt_files_say_what_their_rows_mean(task):
     for name in ("train", "test"):
         rows = [json.loads(line) for line in (SHELF / task / "prompts" / f"{name}.jsonl").read_text().splitlines()]
         assert len(rows) >= (1000 if name == "test" else 300)
+        assert len({row["prompt"] for row in rows}) >= (100 if task == "style" else len(rows))
         for row in rows:
             assert row["prompt"] in world.captions(task, row)
             if task != "style":

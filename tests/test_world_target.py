@@ -1,18 +1,23 @@
 """The target's table: students paired with their teacher by prompt, prompts and trainings both drawn."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import typer
 from from_scripts import script
 from typer.testing import CliRunner
+
+from diffopd.recipe import read_recipe
+from diffopd.run_folder import RunFolder
 
 world_target = script("world_target")
 
 
-def put(folder, label, scores, *, steps=4, guidance=1.0, model=None):
+def put(folder, label, scores, *, steps=4, guidance=1.0, model=None, asked=None):
     row = {"task": "text", "model": model or label, "label": label, "steps": steps, "guidance_scale": guidance}
-    row |= {"diversity": 0.1, "seconds": 1.0, "scores": scores}
+    row |= {"diversity": 0.1, "seconds": 1.0, "scores": scores, "asked": asked or list(range(len(scores)))}
     (folder / f"text--{label}--{steps}.json").write_text(json.dumps(row))
 
 
@@ -68,3 +73,41 @@ def test_unknown_tasks_and_kinds_are_refused(tmp_path):
         told = ["measure", str(tmp_path), "--output", str(tmp_path / "out"), option, "nothing"]
         result = CliRunner().invoke(world_target.app, told)
         assert result.exit_code == 2 and not (tmp_path / "out").exists()
+
+
+def test_prompts_that_ask_for_the_same_are_drawn_together(tmp_path):
+    """Ten words of forty noises each tell as much as ten prompts: half of the words are never drawn right."""
+    rights = [1.0] * 200 + [0.0] * 200
+    for name, asked in (("alone", None), ("together", [n // 40 for n in range(400)])):
+        (tmp_path / name).mkdir()
+        put(tmp_path / name, "teacher-text", [1.0] * 400, steps=20, asked=asked)
+        put(tmp_path / name, "student-a", rights, model="student", asked=asked)
+    alone, together = (table(tmp_path / name)["student-a", 4] for name in ("alone", "together"))
+    assert (alone["num_asked"], together["num_asked"]) == (400, 10)
+    assert np.diff(together["interval"])[0] > 4 * np.diff(alone["interval"])[0]
+
+
+@pytest.fixture
+def runs(tmp_path, tiny_recipe):
+    return lambda name, *options: RunFolder.create(
+        tmp_path / name, read_recipe(tiny_recipe, list(options)), hashes={}, processes=1
+    )
+
+
+def test_runs_of_one_name_or_of_different_recipes_are_refused(runs):
+    world_target.check_runs([runs("a/one", "seed=1"), runs("a/two", "seed=2")])
+    with pytest.raises(typer.BadParameter, match="two runs are named 'one'"):
+        world_target.check_runs([runs("b/one"), runs("c/one", "seed=1")])
+    with pytest.raises(typer.BadParameter, match=r"differ in \[objective\]"):
+        world_target.check_runs([runs("d/one"), runs("d/two", "objective.name=velocity")])
+
+
+def test_scores_of_other_weights_are_neither_reused_nor_overwritten(tmp_path):
+    task = SimpleNamespace(name="text", rows=[SimpleNamespace(metadata={"word": "KEA"})])
+    contender = SimpleNamespace(model="base", num_inference_steps=4, guidance_scale=1.0)
+    kept = tmp_path / "text--base--4-steps--guidance-1.json"
+    kept.write_text(json.dumps({"weights": "old", "scores": [1.0]}))
+    world_target.score(contender, "base", "old", task, None, tmp_path)
+    with pytest.raises(typer.BadParameter, match="scores of other weights"):
+        world_target.score(contender, "base", "new", task, None, tmp_path)
+    assert json.loads(kept.read_text())["weights"] == "old"
