@@ -190,39 +190,40 @@ def table(
     if as_json:
         typer.echo(json.dumps(rows))
         return
-    head = ("task", "model", "steps", "guidance", "score", "of the teacher", "prompts (asking for)")
+    head = ("task", "model", "steps", "guidance", "score", "of the teacher", "diversity", "prompts (asking for)")
     typer.echo(f"| {' | '.join(head)} |\n{'|---' * len(head)}|")
     for row in rows:
         (low, high), (below, above) = row["interval"], row["ratio_interval"]
         typer.echo(
             f"| {row['task']} | {row['model']} | {row['steps']} | {row['guidance_scale']:g} | {row['score']:.3f} "
-            f"({low:.3f} to {high:.3f}) | {row['ratio']:.3f} ({below:.3f} to {above:.3f}) | {row['num_prompts']} "
+            f"({low:.3f} to {high:.3f}) | {row['ratio']:.3f} ({below:.3f} to {above:.3f}) | {row['diversity']:.3f} | {row['num_prompts']} "
             f"({row['num_asked']}) |"
         )
 
 
 def rows_of(files: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows of one task. Raises typer.Exit where its teacher's own score is missing."""
-    groups: dict[tuple[str, int, float], list[list[float]]] = defaultdict(list)
+    groups: dict[tuple[str, int, float], list[dict[str, Any]]] = defaultdict(list)
     asked = np.array(files[0]["asked"])
     for file in files:
         setting = file["steps"], file["guidance_scale"]
-        groups[file["label"], *setting].append(file["scores"])
+        groups[file["label"], *setting].append(file)
         if file["model"] == "student":
-            groups["student, all runs", *setting].append(file["scores"])
+            groups["student, all runs", *setting].append(file)
     own = [key for key in groups if key[0].startswith("teacher")]
     if not own:
         typer.echo(f"{files[0]['task']}: the teacher is not measured yet.", err=True)
         raise typer.Exit(1)
-    teacher = np.array(groups[max(own, key=lambda key: key[1])][0])
+    teacher = np.array(groups[max(own, key=lambda key: key[1])][0]["scores"])
     rows = []
-    for (label, steps, scale), scores in groups.items():
-        held = np.array([given[: len(teacher)] for given in scores])
+    for (label, steps, scale), of_setting in groups.items():
+        held = np.array([file["scores"][: len(teacher)] for file in of_setting])
         count = held.shape[1]
         mean, interval, ratio_interval = bootstrap(held, teacher[:count], asked[:count])
         row = {"task": files[0]["task"], "model": label, "steps": steps, "guidance_scale": scale, "score": mean}
         row |= {"interval": interval, "ratio": mean / float(teacher[:count].mean()), "ratio_interval": ratio_interval}
-        row |= {"num_prompts": count, "num_asked": len(np.unique(asked[:count])), "trainings": len(scores)}
+        row |= {"num_prompts": count, "num_asked": len(np.unique(asked[:count])), "trainings": len(held)}
+        row["diversity"] = float(np.mean([file["diversity"] for file in of_setting]))
         rows.append(row)
     return rows
 
