@@ -194,11 +194,10 @@ def table(
     typer.echo(f"| {' | '.join(head)} |\n{'|---' * len(head)}|")
     for row in rows:
         (low, high), (below, above) = row["interval"], row["ratio_interval"]
-        typer.echo(
-            f"| {row['task']} | {row['model']} | {row['steps']} | {row['guidance_scale']:g} | {row['score']:.3f} "
-            f"({low:.3f} to {high:.3f}) | {row['ratio']:.3f} ({below:.3f} to {above:.3f}) | {row['diversity']:.3f} | {row['num_prompts']} "
-            f"({row['num_asked']}) |"
-        )
+        cells = [row["task"], row["model"], row["steps"], f"{row['guidance_scale']:g}"]
+        cells += [f"{row['score']:.3f} ({low:.3f} to {high:.3f})", f"{row['ratio']:.3f} ({below:.3f} to {above:.3f})"]
+        cells += [f"{row['diversity']:.3f}", f"{row['num_prompts']} ({row['num_asked']})"]
+        typer.echo(f"| {' | '.join(map(str, cells))} |")
 
 
 def rows_of(files: list[dict[str, Any]]) -> list[dict[str, Any]]:
