@@ -119,16 +119,20 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of the tensors of a .safetensors file, from its header. Raises UserError for others."""
+    """Name -> shape of the tensors of a .safetensors file, from its header. Raises UserError for a broken one."""
     with path.open("rb") as file:
         start = file.read(8)
-        length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-        text = file.read(length) if 0 < length <= path.stat().st_size else b""
+        length, size = struct.unpack("<Q", start)[0] if len(start) == 8 else 0, path.stat().st_size
+        text = file.read(length) if 0 < length <= size else b""
     try:
         header = json.loads(text)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: is not a safetensors file (its header is broken). Save or copy it anew.") from error
-    return {name: tuple(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+    tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
+    ends = 8 + length + max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
+    if ends > size:
+        raise UserError(f"{path}: is cut short ({size:,} of {ends:,} bytes). Save or copy it anew.")
+    return {name: tuple(entry["shape"]) for name, entry in tensors.items()}
 
 
 def num_values(path: Path) -> int:

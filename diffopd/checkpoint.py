@@ -67,10 +67,20 @@ def save_checkpoint(folder: Path, trained: Trained) -> None:
     (state / "progress.json").write_text(json.dumps(asdict(trained.progress)))
     with averaged(trained):
         save_deployable(temporary, trained.pipeline, is_lora=trained.is_lora)
+    share(temporary)
     for path in (*temporary.rglob("*"), temporary):
         flush(path)
     temporary.rename(folder)
     flush(folder.parent)
+
+
+def share(folder: Path) -> None:
+    """Files of a folder as readable as the user's other new files are; safetensors keeps its own to their owner."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(0o666 & ~mask)
 
 
 def flush(path: Path) -> None:

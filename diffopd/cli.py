@@ -242,22 +242,18 @@ def report(run: RunArgument) -> None:
 @app.command()
 def teachers() -> None:
     """List the shipped teachers and recipes."""
-    from rich.console import Console
-    from rich.table import Table
-
     from diffopd.data import read_prompts
     from diffopd.locate import recipe_names, shelf, teacher_names, tune_recipe_names
     from diffopd.teacher import teacher_card
 
-    table = Table("teacher", "form", "base", "guidance", "steps", "prompts (train, test)", "license", box=None)
     for name in teacher_names():
         card = teacher_card(name, shelf("teachers"))
-        prompts = ", ".join(str(len(read_prompts(path))) for path in (card.prompts.train, card.prompts.test))
-        numbers = (f"{card.guidance_scale:g}", str(card.num_inference_steps))
-        table.add_row(name, card.form, card.base, *numbers, prompts, card.license)
-    console = Console()
-    console.print(table)
-    console.print(f"\nrecipes: {', '.join(recipe_names())}\ntuning recipes: {', '.join(tune_recipe_names())}")
+        train, test = (len(read_prompts(path)) for path in (card.prompts.train, card.prompts.test))
+        typer.echo(
+            f"{name}\n    {card.form} on {card.base}\n    guidance {card.guidance_scale:g}, "
+            f"{card.num_inference_steps} steps, {train} prompts to train, {test} to test\n    license: {card.license}"
+        )
+    typer.echo(f"\nrecipes: {', '.join(recipe_names())}\ntuning recipes: {', '.join(tune_recipe_names())}")
 
 
 def _show_scores(file: Path) -> None:
@@ -265,7 +261,7 @@ def _show_scores(file: Path) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    for title in ("model", "steps", "cfg", "task", "score", "95 %", "of teacher"):
+    for title in ("model", "steps", "guidance", "task", "score", "95 %", "of teacher"):
         table.add_column(title, no_wrap=True)
     for row in json.loads(file.read_text(encoding="utf-8"))["rows"]:
         low, high = row["interval"]
@@ -283,8 +279,10 @@ def _options(overrides: list[str] | None, output_dir: Path | None) -> list[str]:
 def _train(recipe: Any, processes: int, begin: Any = None) -> None:
     """Check a recipe, run it to its end in this many processes, evaluate, export, report."""
     from diffopd.preflight import check
+    from diffopd.run_folder import RunFolder
 
     _quiet_libraries()
+    RunFolder.at(recipe.output_dir)
     parts = check(recipe, hash_weights=True)
     count = int(os.environ.get("WORLD_SIZE", processes))
     if _is_finished(recipe, parts.hashes, count):

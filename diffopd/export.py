@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from diffopd.assemble import student_arguments
+from diffopd.checkpoint import share
 from diffopd.data import read_prompts
 from diffopd.drive import Call
 from diffopd.errors import UserError
@@ -61,6 +62,7 @@ def export_run(
         tell(f"{target / FOLDERS[name]}: was not made of the weights of {student.checkpoint.name}; it is made again.")
     temporary.mkdir()
     forms = [write_form(name, student, temporary) for name in (*asked, *old)]
+    share(temporary)
     arguments = probe_arguments(student.pipeline, recipe, cards)
     install(temporary, target, compare(student.pipeline, arguments, forms, temporary / "probe"), digest)
     exported = Exported(

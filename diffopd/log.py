@@ -56,7 +56,7 @@ class TrainingLog:
         """The student starts as the average of its teachers, but for what its rank leaves out (relative error)."""
         self._write(kind="begin", update=0, begin_from="teacher_average", left_out=left_out)
         if self._is_main:
-            text = f"The student begins as its teachers' average; its rank leaves {left_out:.2g} of that out."
+            text = f"The student begins as its teachers' average, but for {left_out:.1%} that its rank cannot hold."
             self._bar.console.print(text)
 
     def update(self, losses: UpdateLosses, learning_rate: float, watch: Watch) -> None:
@@ -93,7 +93,8 @@ class TrainingLog:
         """Why the run ended."""
         self._write(kind="stop", update=self._progress.update, seconds=round(self._progress.seconds, 3), reason=reason)
         if self._is_main:
-            self._bar.console.print(f"Stopped after {self._progress.update} updates: {reason}.")
+            count = self._progress.update
+            self._bar.console.print(f"Stopped after {count} update{'s' * (count != 1)}: {reason}.")
 
     def _write(self, **row: Any) -> None:
         if self._is_main:

@@ -47,18 +47,14 @@ class RunFolder:
     path: Path
 
     @classmethod
-    def check(cls, path: Path | str, recipe: Recipe, hashes: dict[str, str], processes: int = 1) -> RunFolder:
-        """The folder of a run, not yet made or begun by this recipe; nothing is written.
-
-        hashes: file -> sha256 of all that the run begins with. processes: how many train, each with its own batch.
-        Raises UserError for a folder that holds anything else: other files, another recipe's run, a run with other
-        weights or prompts, a run of another number of processes.
-        """
+    def at(cls, path: Path | str) -> RunFolder:
+        """The folder at a path that holds a run or nothing yet. Raises UserError for a file or other files."""
         folder = cls(Path(path))
-        if (folder.path / "recipe.json").is_file():
-            if not _is_free(folder.path, *BEGUN):  # else it was stopped before it had trained anything
-                folder._refuse_another_run(recipe, hashes, processes)
-        elif folder.path.exists() and not _is_free(folder.path):
+        if folder.path.is_file():
+            raise UserError(
+                f"output_dir {folder.path} is a file. Nothing was written; name a folder with --output-dir."
+            )
+        if folder.path.exists() and not (folder.path / "recipe.json").is_file() and not _is_free(folder.path):
             raise UserError(
                 f"output_dir {folder.path} is not empty and holds no run. Nothing was written; "
                 "name a new folder with --output-dir."
@@ -66,24 +62,38 @@ class RunFolder:
         return folder
 
     @classmethod
+    def check(cls, path: Path | str, recipe: Recipe, hashes: dict[str, str], processes: int = 1) -> RunFolder:
+        """The folder of a run, not yet made or begun by this recipe; nothing is written.
+
+        hashes: file -> sha256 of all that the run begins with. processes: how many train, each with its own batch.
+        Raises UserError for a folder that holds anything else: other files, another recipe's run, a run with other
+        weights or prompts, a run of another number of processes.
+        """
+        folder = cls.at(path)
+        is_begun = (folder.path / "recipe.json").is_file()
+        if is_begun and not _is_free(folder.path, *BEGUN):  # else it was stopped before it had trained anything
+            folder._refuse_another_run(recipe, hashes, processes)
+        return folder
+
+    @classmethod
     def create(cls, path: Path | str, recipe: Recipe, hashes: dict[str, str], processes: int = 1) -> RunFolder:
         """Make the folder of a run, or take up the one that this recipe began. Raises UserError as `check`."""
         folder = cls.check(path, recipe, hashes, processes)
-        if (folder.path / "recipe.json").is_file():
-            folder._forget_rows_after(folder.latest_checkpoint())
-        try:
-            folder.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            reason = f"output_dir {folder.path} cannot be made ({error.strerror}). Name another."
-            raise UserError(reason) from error
         stored = {"recipe": recipe.resolved(), "source": str(recipe.path), "hashes": hashes, "processes": processes}
-        folder.write("recipe.toml", recipe.source_text)
-        folder.write("recipe.json", json.dumps(stored | {"versions": versions()}, indent=2) + "\n")
+        try:
+            if (folder.path / "recipe.json").is_file():
+                folder._forget_rows_after(folder.latest_checkpoint())
+            folder.path.mkdir(parents=True, exist_ok=True)
+            folder.write("recipe.toml", recipe.source_text)
+            folder.write("recipe.json", json.dumps(stored | {"versions": versions()}, indent=2) + "\n")
+        except OSError as error:
+            reason = f"output_dir {folder.path} cannot be written ({error.strerror}). Name another with --output-dir."
+            raise UserError(reason) from error
         return folder
 
     @classmethod
     def open(cls, path: Path | str) -> RunFolder:
-        """The folder of an existing run. Raises UserError for one that holds none."""
+        """The folder of an existing run. Raises UserError for one that holds none; its methods do for broken files."""
         folder = cls(Path(path))
         if not (folder.path / "recipe.json").is_file():
             runs = [str(found.parent) for found in sorted(folder.path.parent.glob("*/recipe.json"))]
@@ -104,10 +114,13 @@ class RunFolder:
             file.write(json.dumps(row) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The rows of metrics.jsonl; a last line that a crash cut short is left out."""
+        """The rows of metrics.jsonl; a last line that a crash cut short is left out.
+
+        Raises UserError for another line that is no JSON.
+        """
         path = self.path / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
+        return [_json(line, f"{path}:{number}", "Remove that line") for number, line in enumerate(lines, start=1)]
 
     def latest_checkpoint(self) -> Path | None:
         """The finished checkpoint-N with the highest N, None where there is none."""
@@ -148,7 +161,9 @@ class RunFolder:
         return self._stored()["versions"]
 
     def _stored(self) -> dict[str, Any]:
-        return json.loads((self.path / "recipe.json").read_text(encoding="utf-8"))
+        file = self.path / "recipe.json"
+        remedy = "Restore the file; without it nothing tells what this run was, so otherwise train it anew elsewhere"
+        return _json(file.read_text(encoding="utf-8"), str(file), remedy)
 
     def _refuse_another_run(self, recipe: Recipe, hashes: dict[str, str], processes: int) -> None:
         stored = self._stored()
@@ -187,6 +202,13 @@ class RunFolder:
         kept = [row for row in rows if row.get("update", 0) <= last and row.get("kind") != "stop"]
         if (self.path / "metrics.jsonl").is_file():
             self.write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def _json(text: str, place: str, remedy: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{place}: is not valid JSON ({error.msg}). {remedy}.") from error
 
 
 def _is_free(path: Path, *besides: str) -> bool:

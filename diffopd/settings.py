@@ -16,6 +16,12 @@ Location = tuple[str | int, ...]
 HEADER = re.compile(r"^\s*(\[\[?)\s*([^\[\]]+?)\s*\]\]?\s*(#.*)?$")
 ASSIGNMENT = re.compile(r"""^\s*((?:[\w-]+|"[^"]*"|'[^']*')(?:\s*\.\s*(?:[\w-]+|"[^"]*"|'[^']*'))*)\s*=""")
 DECODE_PLACE = re.compile(r"\s*\(at line (\d+), column \d+\)")
+# pydantic's words for these kinds of errors speak of classes or of its own inner steps.
+PLAIN = {
+    "model_type": "it must be a table",
+    "too_short": "it must have at least {min_length} and has {actual_length}",
+    "string_pattern_mismatch": "it must match {pattern}",
+}
 
 
 class Settings(BaseModel):
@@ -64,7 +70,7 @@ class Source:
 def read_toml(path: Path) -> tuple[dict[str, Any], Source]:
     """Parse a TOML file. Raises UserError for a missing file, bad encoding, or bad syntax (with its line)."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # some editors begin with a byte order mark
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}). Give the path of an existing file.") from error
     except UnicodeDecodeError as error:
@@ -136,9 +142,11 @@ def _explain(model: type[Settings], details: dict[str, Any], source: Source) -> 
     if kind == "literal_error":
         options = [option.strip().strip("'") for option in re.split(",| or ", details["ctx"]["expected"])]
         return f"{place}: {shown} is not allowed.{suggestion(str(given), options)}"
-    allowed = details["msg"].replace("Input should be", "it must be").replace("Input should", "it must")
-    remedy = "Change it there" + (f" or with --set {name}=VALUE" if model.can_override else "")
-    return f"{place}: {shown} is not allowed: {_lower_first(allowed)}. {remedy}."
+    plain = details["msg"].replace("Input should be", "it must be").replace("Input should", "it must")
+    allowed = PLAIN[kind].format(**details.get("ctx", {})) if kind in PLAIN else _lower_first(plain)
+    elsewhere = model.can_override and not place.startswith("--set")
+    remedy = "Change it there" + (f" or with --set {name}=VALUE" if elsewhere else "")
+    return f"{place}: {shown} is not allowed: {allowed}. {remedy}."
 
 
 def dotted(location: Location) -> str:

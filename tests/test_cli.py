@@ -221,7 +221,11 @@ def test_teachers_and_recipes_of_the_shelf_are_listed(monkeypatch, tmp_path, tin
     monkeypatch.setattr(locate, "PACKAGE", tmp_path / "diffopd")
     result = command("teachers")
     assert result.exit_code == 0, result.output
-    assert "dots" in result.output and "4, 2" in result.output and "recipes: both" in result.output
+    assert (
+        "dots" in result.output
+        and "4 prompts to train, 2 to test" in result.output
+        and "recipes: both" in result.output
+    )
 
 
 def test_the_version_is_printed():

@@ -281,6 +281,14 @@ def test_a_checkpoint_that_could_not_be_written_is_not_there(tiny_recipe, tmp_pa
     checkpoint.load_checkpoint(tmp_path / "checkpoint-0", trained)
 
 
+def test_weights_are_as_readable_as_the_files_beside_them(tiny_recipe, tmp_path):
+    """safetensors writes for the owner alone: a server of another user could not load an export."""
+    _, trained = prepared(recipe_with(tiny_recipe))
+    checkpoint.save_checkpoint(tmp_path / "checkpoint-0", trained)
+    modes = {path.suffix: path.stat().st_mode for path in (tmp_path / "checkpoint-0").rglob("*") if path.is_file()}
+    assert modes[".safetensors"] == modes[".json"]
+
+
 def test_the_reports_pictures_are_drawn_by_the_weights_to_deploy(tiny_recipe, monkeypatch):
     drawn = {}
 

@@ -255,6 +255,12 @@ def test_a_truncated_weights_file_is_refused(recipe_file, teachers):
     assert "header is broken" in refusal(recipe_file)
 
 
+def test_a_weights_file_that_was_not_copied_to_its_end_is_refused(recipe_file, teachers):
+    file = teachers[0] / "pytorch_lora_weights.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    assert "is cut short (" in refusal(recipe_file)
+
+
 def test_a_warm_start_is_checked(recipe_file, tiny_teacher, tmp_path):
     check(read_recipe(recipe_file, [f'student.init_weights="{tiny_teacher}/pytorch_lora_weights.safetensors"']))
     assert "no .safetensors" in refusal(recipe_file, f'student.init_weights="{tmp_path}/none.safetensors"')

@@ -99,6 +99,24 @@ def test_toml_syntax_errors_name_file_and_line(recipe_file):
     assert f"{recipe_file}:3: is not valid TOML" in message(recipe_file, text=TEXT.replace('"emoji"', "emoji"))
 
 
+def test_a_byte_order_mark_is_no_syntax_error(recipe_file):
+    recipe_file.write_text("\ufeff" + recipe_file.read_text(encoding="utf-8"), encoding="utf-8")
+    assert read_recipe(recipe_file).name
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("train=3", "it must be a table. Change it there."),
+        ("teachers=[]", "it must have at least 1 and has 0"),
+        ('name="a b"', "it must match ^[A-Z"),
+    ],
+)
+def test_errors_speak_of_toml_not_of_classes(recipe_file, option, said):
+    text = message(recipe_file, option)
+    assert said in text and "Settings" not in text and "validation" not in text
+
+
 def test_several_errors_are_reported_at_once(recipe_file):
     text = message(recipe_file, "train.batch_size=0", "train.learning_rate=-1")
     assert "train.batch_size" in text and "train.learning_rate" in text
@@ -129,7 +147,7 @@ def test_learning_rates_are_finite_positive_numbers(recipe_file, value):
         ("teachers.stile.weight=1", 'Did you mean "style"?'),
         ("nonsense", "section.key=value"),
         ("train.batch_size=a b", "not TOML"),
-        ("teachers=[]", "at least 1 item"),
+        ("teachers=[]", "at least 1 and has 0"),
         ("objectiv.name=kl", 'Did you mean "objective"?'),
     ],
 )

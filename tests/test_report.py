@@ -154,8 +154,8 @@ def test_the_head_says_what_was_run(full_run):
 def test_the_score_table_shows_every_row_and_marks_the_best_guidance_of_the_base(full_run):
     page = page_of(full_run)
     words = words_of(page)
-    assert page.count("best CFG") == len(TASKS)
-    assert re.search(r"base 20 4 0\.400 † best CFG 0\.380 – 0\.420 d 0\.31", words)
+    assert page.count("best guidance") == len(TASKS)
+    assert re.search(r"base 20 4 0\.400 † best guidance 0\.380 – 0\.420 d 0\.31", words)
     assert words.index("base 20 1 ") < words.index("base 20 2 ") < words.index("base 20 4 ")
     assert "student 2 1 0.800 88.9 %" in words
     assert "64 prompts a task, seeds 0, 1" in words and "† from the card" in words

@@ -113,9 +113,20 @@ def test_a_folder_with_other_files_is_refused(recipe_file, tmp_path):
 
 def test_a_file_in_the_way_is_refused(recipe_file, tmp_path):
     (tmp_path / "run").write_text("mine")
-    for path in (tmp_path / "run", tmp_path / "run" / "inner"):
-        with pytest.raises(UserError, match="output_dir"):
+    for path, reason in ((tmp_path / "run", "is a file"), (tmp_path / "run" / "inner", "cannot be written")):
+        with pytest.raises(UserError, match=f"output_dir .*{reason}.*--output-dir"):
             RunFolder.create(path, read_recipe(recipe_file), HASHES)
+
+
+def test_a_folder_that_may_not_be_written_is_named(recipe_file, tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
+
+    def forbidden(path, content):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("diffopd.run_folder.atomic_write", forbidden)
+    with pytest.raises(UserError, match=r"cannot be written \(Permission denied\)"):
+        RunFolder.create(tmp_path / "run", read_recipe(recipe_file), HASHES)
 
 
 def test_starting_over_in_a_folder_with_checkpoints_is_refused(recipe_file, tmp_path):
@@ -146,6 +157,15 @@ def test_resuming_drops_rows_that_will_be_written_again_and_half_written_ones(re
     RunFolder.create(tmp_path / "run", recipe, HASHES)
     rows = [json.loads(line) for line in (folder.path / "metrics.jsonl").read_text().splitlines()]
     assert [row["update"] for row in rows] == [1, 2] and rows == folder.metrics()
+
+
+@pytest.mark.parametrize("name", ["recipe.json", "metrics.jsonl"])
+def test_a_damaged_file_of_a_run_is_named_with_what_to_do(recipe_file, tmp_path, name):
+    folder = RunFolder.create(tmp_path / "run", read_recipe(recipe_file), HASHES)
+    folder.append_metrics({"kind": "update", "update": 1})
+    (folder.path / name).write_text('{"kind": \n{"kind": "update"}\n')
+    with pytest.raises(UserError, match=rf"{name}(:1)?: is not valid JSON .*(Restore the file|Remove that line)"):
+        folder.recipe(), folder.metrics()
 
 
 def test_opening_something_else_names_the_runs_beside_it(recipe_file, tmp_path):
