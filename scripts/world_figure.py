@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 from PIL import Image, ImageDraw, ImageFont
 
-ZOOM, GAP, LABEL, LEFT = 2, 8, 32, 92
+ZOOM, GAP, LABEL, LEFT = 3, 8, 44, 150
 INK, PAPER, FAINT = (30, 30, 30), (255, 255, 255), (120, 120, 120)
 ROWS = {"base": "base", "teacher": "its teacher", "student": "student"}
 
@@ -44,7 +44,7 @@ def block(folder: Path, entries: list[dict], scores: list[dict], task: str, colu
     first = Image.open(folder / next(iter(shown[0]["models"].values()))["file"])
     side = first.width * ZOOM
     cell = side + 40
-    font, small = ImageFont.load_default(12), ImageFont.load_default(10)
+    font, small = ImageFont.load_default(18), ImageFont.load_default(15)  # smaller ones lose their spaces
     sheet = Image.new("RGB", (LEFT + columns * cell, LABEL + len(ROWS) * (side + GAP) + GAP), PAPER)
     draw = ImageDraw.Draw(sheet)
     for column, entry in enumerate(shown):
@@ -59,19 +59,20 @@ def block(folder: Path, entries: list[dict], scores: list[dict], task: str, colu
             picture = Image.open(folder / said["file"]).convert("RGB").resize((side, side), Image.Resampling.NEAREST)
             sheet.paste(picture, (left, top))
             if column == 0:
-                draw.text((4, top + side // 2 - 14), label, INK, font)
-                draw.text((4, top + side // 2 + 2), setting(scores, kind, task), FAINT, small)
+                draw.text((4, top + side // 2 - 22), label, INK, font)
+                draw.text((4, top + side // 2 + 3), setting(scores, kind, task), FAINT, small)
     return sheet
 
 
 def setting(scores: list[dict], kind: str, task: str) -> str:
-    """'20 steps, cfg 2' of the pictures in the grid."""
+    """'20 steps, guidance 2' of the pictures in the grid."""
     model = f"teacher:{task}" if kind == "teacher" else kind
     rows = [row for row in scores if row["model"] == model and row["task"] == task]
     if not rows:
         return ""
-    row = max(rows, key=lambda row: row["num_inference_steps"]) if kind == "teacher" else rows[0]
-    return f"{row['num_inference_steps']} steps, cfg {row['guidance_scale']:g}"
+    row = next((row for row in rows if "is_reference" in row), rows[0])
+    guidance = "unguided" if row["guidance_scale"] == 1 else f"guidance {row['guidance_scale']:g}"
+    return f"{row['num_inference_steps']} steps, {guidance}"
 
 
 if __name__ == "__main__":
