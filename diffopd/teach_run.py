@@ -10,7 +10,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from diffopd import noise
-from diffopd.adapters import SELF_TEACHER, STUDENT, AdapterSwitch, Average
+from diffopd.adapters import SELF_TEACHER, STUDENT, AdapterSwitch, Average, Fold
 from diffopd.assemble import Student, assemble, self_teacher, with_denoiser
 from diffopd.data import PromptRow, read_prompts
 from diffopd.distill import INITIAL
@@ -43,6 +43,7 @@ class TeachRun:
     pictures: Callable[..., list[object]] | None = None
     teachers: list[object] = field(default_factory=list)  # of a distillation run; here there are none
     looks: None = None  # of a tuning run
+    fold: Fold | None = None
 
     def noise(self, update: int, solver_step: int, numbers: list[int]) -> Tensor:
         """Standard normal (B, ...), a function of (seed, update, solver_step, picture's number)."""

@@ -321,6 +321,19 @@ def test_an_update_does_not_depend_on_its_micro_batches(folder):
     assert_same_update(trained(whole), trained(uneven))
 
 
+@pytest.mark.parametrize(("estimator", "overrides"), [("nft", ()), ("grpo_guard", NOISY)])
+def test_a_fused_student_makes_the_same_update_over_the_old_policy_and_the_base(folder, estimator, overrides):
+    """The second step is learnt under weights that the first one moved: a fold that outlived it would show."""
+    write(folder, estimator, updates=1)
+    options = [*IN_PROPORTION, *overrides, "sampling.optimizer_steps=2"]
+    beside = run(folder, *options, name="beside")
+    folded = run(folder, *options, "train.fuse_student=true", name="folded")
+    assert_same_update(trained(beside.path), trained(folded.path))
+    one, two = beside.metrics()[0], folded.metrics()[0]
+    assert one["network_calls"] == two["network_calls"]
+    assert one["from_base"] == pytest.approx(two["from_base"], rel=1e-3)
+
+
 def test_two_processes_make_the_update_of_one(folder):
     write(folder, updates=1)
     alone, together = run(folder, *IN_PROPORTION, name="alone").path, folder.parent / "together"
