@@ -28,14 +28,17 @@ Follow = tuple[Average, dict[str, nn.Parameter]]
 
 @dataclass
 class TeachRun:
-    """What one update needs. pictures: for supervised teachers, rows and seeds to B PIL images (None: from files)."""
+    """What one update needs. files: the training rows of each prompt file.
+
+    pictures: for supervised teachers, rows and seeds to B PIL images (None: from files).
+    """
 
     recipe: TeachRecipe
     student: Student
     sides: Sides
     follow: Follow | None
     walk: Survey
-    rows: list[PromptRow]
+    files: list[list[PromptRow]]
     reward: Reward | None
     watch: RewardWatch
     processes: Processes
@@ -52,10 +55,12 @@ class TeachRun:
         return noise.draw(shape, **keys).to(self.device)
 
     def row(self, update: int, number: int) -> PromptRow:
-        """The prompt of a picture: every pass over the file is a fresh permutation, a group shares its prompt."""
+        """The prompt of a picture, which its group shares: files take turns, every pass over one is a permutation."""
         place = update * self.recipe.sampling.num_prompts + number // self.recipe.group_size
-        epoch, place = divmod(place, len(self.rows))
-        return self.rows[noise.permuted(place, len(self.rows), self.recipe.seed, epoch, self.recipe.card.name)]
+        turn, file = divmod(place, len(self.files))
+        rows = self.files[file]
+        epoch, place = divmod(turn, len(rows))
+        return rows[noise.permuted(place, len(rows), self.recipe.seed, epoch, self.recipe.card.name)]
 
     def batches(self, numbers: list[int]) -> Iterator[list[int]]:
         """Consecutive micro-batches of at most train.batch_size."""
@@ -73,14 +78,14 @@ def assemble_run(recipe: TeachRecipe) -> TeachRun:
     tasks, pictures = watched_tasks(recipe, reward), picture_function(recipe)
     student, _ = assemble(recipe, device)
     old, base, follow = _other_sides(recipe, student)
-    rows = read_prompts(recipe.card.prompts.train)
+    files = [read_prompts(file) for file in recipe.card.prompts.files("train")]
     return TeachRun(
         recipe=recipe,
         student=student,
         sides=Sides(student.call, old, base if recipe.estimator.reference_weight else None),
         follow=follow,
-        walk=survey(student.call.prompted([rows[0].prompt])),
-        rows=rows,
+        walk=survey(student.call.prompted([files[0][0].prompt])),
+        files=files,
         reward=reward,
         watch=RewardWatch(tasks, _deployed(recipe, student.call), _deployed(recipe, base), recipe),
         processes=processes,

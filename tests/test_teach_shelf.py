@@ -1,6 +1,8 @@
 """The shipped ways to teach: every one is read and checked, and the embedded world's pictures show what rows say."""
 
 import importlib.util
+from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from diffopd.run_folder import RunFolder
 from diffopd.teach import teach
 from diffopd.teach_check import check_teach
 from diffopd.teach_recipe import read_teach_recipe
+from diffopd.teach_run import TeachRun
 from diffopd.teacher import load_reward, teacher_card
 
 ROWS = 24
@@ -71,6 +74,21 @@ def test_joint_prompts_alternate_between_the_tasks_and_each_picture_has_its_own_
     assert list(reward(images[1:] + images[:1], [""] * 6, metadata)) == [0.0] * 6
     with pytest.raises(ValueError, match="belongs to no one task"):
         task_of({"prompt": "a dot"})
+
+
+@pytest.mark.parametrize("name", ["unmade/joint/nft.toml", "unmade/joint/grpo.toml"])
+def test_every_update_of_joint_learning_has_as_many_prompts_of_each_task(name):
+    """However long their files are: distillation gives each teacher the same share of the updates."""
+    recipe = read_teach_recipe(name)
+    task_of = load_reward("reward.py:task_of", recipe.card.folder)
+    run = SimpleNamespace(recipe=recipe, files=[read_prompts(file) for file in recipe.card.prompts.files("train")])
+    for update in (0, 1, 300):
+        rows = [TeachRun.row(run, update, number) for number in range(recipe.num_pictures)]
+        assert Counter(task_of(row.metadata) for row in rows) == dict.fromkeys(WORLD, recipe.num_pictures // 3)
+        groups = [rows[start : start + recipe.group_size] for start in range(0, len(rows), recipe.group_size)]
+        assert all(group == [group[0]] * recipe.group_size for group in groups)
+    styles = [TeachRun.row(run, update, number).prompt for update in range(131) for number in (16, 40, 64, 88)]
+    assert len(styles) == 524 == len(set(styles)), "a pass meets each prompt once"
 
 
 @pytest.mark.slow
