@@ -12,13 +12,15 @@ from torch import Tensor, nn
 from diffopd import noise
 from diffopd.adapters import SELF_TEACHER, STUDENT, AdapterSwitch, Average, Fold
 from diffopd.assemble import Student, assemble, self_teacher, with_denoiser
+from diffopd.blueprint import read_blueprint
 from diffopd.data import PromptRow, read_prompts
 from diffopd.distill import INITIAL
 from diffopd.drive import Call, Survey, denoiser_of, shell, survey
+from diffopd.grid import make_scheduler
 from diffopd.learning import Sides
 from diffopd.processes import Processes, default_device, join_processes
 from diffopd.recipe import TeacherSettings
-from diffopd.reward import picture_function, reward_of
+from diffopd.reward import card_reward, picture_function, reward_of
 from diffopd.reward_watch import RewardWatch, watched_tasks
 from diffopd.teach_recipe import TeachRecipe
 from diffopd.teacher import Reward
@@ -75,6 +77,7 @@ def assemble_run(recipe: TeachRecipe) -> TeachRun:
     """
     processes, device = join_processes(), default_device()  # first: rewards must find this process's own GPU
     reward = None if recipe.is_supervised else reward_of(recipe)
+    own = card_reward(recipe.card) if recipe.rewards else None
     tasks, pictures = watched_tasks(recipe, reward), picture_function(recipe)
     student, _ = assemble(recipe, device)
     old, base, follow = _other_sides(recipe, student)
@@ -87,7 +90,7 @@ def assemble_run(recipe: TeachRecipe) -> TeachRun:
         walk=survey(student.call.prompted([files[0][0].prompt])),
         files=files,
         reward=reward,
-        watch=RewardWatch(tasks, _deployed(recipe, student.call), _deployed(recipe, base), recipe),
+        watch=RewardWatch(tasks, _deployed(recipe, student.call), _deployed(recipe, base), recipe, own),
         processes=processes,
         device=device,
         pictures=pictures,
@@ -96,8 +99,13 @@ def assemble_run(recipe: TeachRecipe) -> TeachRun:
 
 def _deployed(recipe: TeachRecipe, call: Call) -> Call:
     """The call at the card's steps and guidance, whatever it is sampled with while it is taught."""
-    card = recipe.card
-    return call.told(num_inference_steps=card.num_inference_steps, guidance_scale=card.guidance_scale)
+    card, pipeline = recipe.card, call.pipeline
+    if recipe.student.scheduler:
+        bare = recipe.student.model_copy(update={"scheduler": {}})
+        pipeline = shell(pipeline)
+        pipeline.scheduler = make_scheduler(recipe.model_copy(update={"student": bare}), read_blueprint(card.base))
+    told = {"num_inference_steps": card.num_inference_steps, "guidance_scale": card.guidance_scale}
+    return Call(pipeline, {**call.arguments, **told}, call.binding)
 
 
 def _other_sides(recipe: TeachRecipe, student: Student) -> tuple[Call | None, Call, Follow | None]:
