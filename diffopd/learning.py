@@ -183,7 +183,8 @@ def _policy_loss(
     said = walked.transition(visits[0], visits[0].prediction)
     options = {"clip": settings.clip_range, "log_prob": settings.log_prob}
     if settings.name == "grpo_guard":
-        found = estimators.grpo_guard(said, taken.transition, taken.sample, good, dt=taken.step.dt, **options)
+        options["stride"] = visits[0].place.path.stride(taken.step.sigma, taken.step.sigma_next)
+        found = estimators.grpo_guard(said, taken.transition, taken.sample, good, **options)
     else:
         found = estimators.grpo(said, taken.transition, taken.sample, good, **options)
     measures.add("ratio", found.ratio)

@@ -1,5 +1,7 @@
 """A batch is sampled, then learnt from at the same states, on both paths: gradients against finite differences."""
 
+import math
+
 import cast
 import pytest
 import torch
@@ -109,6 +111,19 @@ def test_policy_gradients_are_the_slope_of_their_loss_at_the_recorded_states(wal
     assert count == BATCH * sum(taken.transition.std > LEAST_STD for taken in world.batch.taken)
     assert measures.sums["from_base"] > 0
     check_slope(world, 1e-2)  # the ratios are near 1, so that a shorter way drowns in float32
+
+
+@pytest.mark.parametrize("walk", ["flow_sde", "ddim on vp"])
+def test_the_guard_is_told_how_far_each_step_goes_along_the_velocity(walk, monkeypatch):
+    scheduler, manner = WALKS[walk]
+    world, told, plain = World(scheduler, "grpo_guard", manner), [], estimators.grpo_guard
+    monkeypatch.setattr(estimators, "grpo_guard", lambda *a, **k: told.append(k["stride"]) or plain(*a, **k))
+    world.learn()
+    assert len(told) >= STEPS - 1
+    for stride, taken in zip(told, world.batch.taken, strict=False):
+        angles = math.asin(taken.step.sigma_next), math.asin(taken.step.sigma)
+        moved = taken.step.dt if walk == "flow_sde" else math.sin(angles[0] - angles[1])
+        assert stride == pytest.approx(moved, rel=1e-4)
 
 
 @pytest.mark.parametrize("scheduler", ["flow euler", "ddim zero-SNR v", "ddim", "euler"])
