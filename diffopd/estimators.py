@@ -71,13 +71,9 @@ def _normalised_error(said: Prediction, velocity: Tensor, denoised: Tensor) -> T
     return difference.square().flatten(1).mean(1) / weight
 
 
-def velocity_matching(said: Prediction, denoised: Tensor) -> Tensor:
-    """|v - v(x0)|^2 where the state was noised from the picture x0 (B, ...): the training loss of the base; (B,).
-
-    Raises ValueError at sigma = 0, where x0 says nothing about the velocity.
-    """
-    target = Prediction.from_denoised(said.sample, denoised, said.sigma, said.path)
-    return _mean_square(said.velocity - target.velocity)
+def matching(answer: Tensor, wanted: Tensor) -> Tensor:
+    """|answer - wanted|^2 (B,): the loss of the base itself, both (B, ...) in its own terms (noise or velocity)."""
+    return _mean_square(answer - wanted.detach())
 
 
 def velocity_distance(said: Prediction, base: Prediction) -> Tensor:

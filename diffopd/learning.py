@@ -15,7 +15,7 @@ from diffopd import estimators
 from diffopd.data_states import next_place, noised
 from diffopd.drive import Call, Visit, Walk
 from diffopd.errors import UserError
-from diffopd.prediction import Transition
+from diffopd.prediction import Prediction, Transition
 from diffopd.sampling import Sampled
 from diffopd.schedulers import Place
 from diffopd.supervise import Manner, NonFiniteLoss, StudentWalk, Watch
@@ -160,7 +160,8 @@ def _forward_loss(
     """The estimators on noised final pictures: nft and supervised."""
     said = here.prediction
     if old is None:
-        return estimators.velocity_matching(said, batch.denoised)
+        truth = Prediction.from_denoised(said.sample, batch.denoised, said.sigma, said.path)
+        return estimators.matching(here.model_output, here.answer_for(truth))
     loss = estimators.nft(said, old, batch.denoised, good, beta=settings.beta)
     for reference in base:
         distance = estimators.velocity_distance(said, reference)

@@ -139,6 +139,21 @@ def test_gradients_on_noised_pictures_are_the_slope_of_their_loss(scheduler, est
     check_slope(World(scheduler, estimator, {}), 2e-3)
 
 
+@pytest.mark.parametrize(("scheduler", "said"), [("ddim", "noise"), ("euler", "noise"), ("flow euler", "velocity")])
+def test_supervision_is_the_bases_own_loss_in_what_its_network_says(scheduler, said, monkeypatch):
+    """At high noise the square of the velocity is hundreds of times that of a noise prediction: another loss."""
+    plain = estimators.matching
+    world, compared = World(scheduler, "supervised", {}), []
+    monkeypatch.setattr(estimators, "matching", lambda *both: compared.append(both) or plain(*both))
+    world.learn()
+    assert len(compared) == STEPS
+    for index, (_, wanted) in enumerate(compared):
+        noise = draws(BATCH, 200 + index)
+        truth = noise - world.batch.denoised if said == "velocity" else noise
+        exact = {"atol": 1e-3, "rtol": 1e-3} if index else {"atol": 2e-2, "rtol": 0}  # Euler's begins at .998 of it
+        torch.testing.assert_close(wanted, truth, **exact)
+
+
 def test_a_recorded_walk_is_the_pipelines_own_and_its_density_that_of_its_draws():
     scheduler, manner = WALKS["native ddpm"]
     world = World(scheduler, "grpo", manner)
