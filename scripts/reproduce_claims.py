@@ -87,7 +87,7 @@ def cascade(setup: Setup, seed: int) -> list[Path]:
     for task in CASCADE:
         begin = [f'student.init_weights="{last_adapter(held[-1]).absolute()}"'] if held else []
         name = f"cascade-{len(held) + 1}-{task}"
-        settings = [*AS_DEPLOYED, *(begin or [f"student.target_modules={json.dumps(same_layers())}"])]
+        settings = [*AS_DEPLOYED, "rewards=[]", *(begin or [f"student.target_modules={json.dumps(same_layers())}"])]
         held.append(teach(setup, name, seed, f"{task}/nft.toml", settings, share=1 / len(CASCADE)))
     return held
 

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import tomllib
 from collections import defaultdict
 from pathlib import Path
 
@@ -101,6 +102,15 @@ def test_every_method_of_claim_1_has_the_same_seconds_and_layers_and_its_seconds
             layers.add(frozenset(recipe.student.target_modules))
     assert len(seconds) == 2 * 8 and all(value == pytest.approx(60) for value in seconds.values())
     assert layers == {frozenset(read_recipe("together").student.target_modules)}
+
+
+def test_sft_on_teacher_samples_is_the_joint_student_with_the_teachers_own_rate_and_batch():
+    from reproduce_scores import supervised
+
+    nft = (ROOT / "teachers" / "unmade" / "joint" / "nft.toml").read_text()
+    made, joint = tomllib.loads(supervised(nft)), tomllib.loads(nft)
+    assert made["student"] == joint["student"] and made["estimator"] == {"name": "supervised"}
+    assert made["train"] == joint["train"] | {"learning_rate": 2e-3} and made["sampling"] == {"num_prompts": 32}
 
 
 def test_runs_are_given_one_core_as_the_pages_say(monkeypatch, tmp_path):

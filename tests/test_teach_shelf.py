@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -47,6 +48,8 @@ def test_a_shipped_way_to_teach_is_complete_and_says_how_to_start_it(name):
     assert set(check_teach(recipe).missing) <= (PACKAGES if name.startswith("unmade/sd35-ocr") else set())
     command = f"diffopd teach {name.removesuffix('/teach.toml') if name.split('/')[0] in WORLD else name}"
     assert command in recipe.path.read_text()
+    if name.split("/")[0] in WORLD:
+        assert recipe.student.guidance_scale == 1.0, "the card's guidance is for deployment"
 
 
 @pytest.mark.parametrize("name", SD35)
@@ -110,6 +113,17 @@ def test_joint_and_cascade_reinforcement_learning_run_on_the_embedded_world(tmp_
     assert first.keys() == second.keys()
     assert all(torch.allclose(first[key], second[key], atol=1e-6) for key in first)
     assert any(tensor.abs().max() > 0 for key, tensor in first.items() if "lora_B" in key)
+
+
+def test_a_word_is_scored_by_the_share_of_its_letters_where_all_can_be_read():
+    card = teacher_card("text", shelf("teachers"))
+    share, draw = load_reward("letters.py:share", card.folder), load_reward("../pictures.py:text", card.folder)
+    (image,) = draw([""], [{"word": "KEA"}], [3])
+    rows = [{"word": word} for word in ("KEA", "KEB", "KFB", "XYZ", "EAK")]
+    assert share([image] * 5, [""] * 5, rows).tolist() == pytest.approx([1, 2 / 3, 1 / 3, 0, 0])
+    assert share([Image.new("RGB", (48, 48), "white")], [""], rows[:1]).tolist() == [0]
+    for name in ("nft", "grpo"):
+        assert [term.reward for term in read_teach_recipe(f"text/{name}.toml").rewards] == ["letters.py:share"]
 
 
 @pytest.mark.parametrize("task", ["composition", "text", "style"])
