@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -26,7 +26,7 @@ from diffopd.data_states import as_states, encode_pictures, next_place, noised
 from diffopd.drive import Call, Survey, denoiser_of, survey
 from diffopd.errors import UserError
 from diffopd.log import TrainingLog
-from diffopd.loop import INTERRUPTED, new_trained, refuse_non_finite_norm, run_updates
+from diffopd.loop import INTERRUPTED, new_trained, one_fold, refuse_non_finite_norm, run_updates
 from diffopd.objective import OBJECTIVES, get_objective
 from diffopd.processes import Processes, default_device, join_processes
 from diffopd.query import supervised_states
@@ -72,10 +72,6 @@ class Run:
     def side(self, teacher: Teacher) -> Call:
         """The student's call while this teacher teaches: as deployed, but at noised pictures."""
         return teacher.call if teacher.is_given else self.student.call
-
-    def one_fold(self, watch: Watch) -> AbstractContextManager[None]:
-        """Open it around the forwards and backwards of one update: a fused student folds its adapter once in it."""
-        return self.fold.once(watch("backward")) if self.fold else nullcontext()
 
     @property
     def rows_per_task(self) -> int:
@@ -153,7 +149,7 @@ def one_update(run: Run, trained: Trained, watch: Watch) -> UpdateLosses:
     trained.optimizer.zero_grad(set_to_none=True)
     tasks = route(run.recipe, run.teachers, update)
     record = UpdateLosses()
-    with run.one_fold(watch):
+    with one_fold(run, watch):
         for slot, (teacher, share) in enumerate(tasks):
             _back_task(run, teacher, share / run.rows_per_task, record, update=update, slot=slot, watch=watch)
     with watch("optimizer"):

@@ -148,8 +148,12 @@ class Visit:
 
     def native(self, prediction: Prediction) -> Transition:
         """The scheduler's own step from this state under `prediction`, canonical; the scheduler does not move."""
-        output = to_model_output(self._scheduler, self.place, prediction)
-        return native_transition(self._scheduler, self._step, {**self.arguments, "model_output": output}, self.place)
+        arguments = {**self.arguments, "model_output": self.answer_for(prediction)}
+        return native_transition(self._scheduler, self._step, arguments, self.place)
+
+    def answer_for(self, prediction: Prediction) -> Tensor:
+        """The `model_output` (B, ...) that says `prediction`: noise, velocity or picture, as the base was trained."""
+        return to_model_output(self._scheduler, self.place, prediction)
 
     def native_reply(self, noise: Tensor | None = None) -> Any:
         """Take the scheduler's own step for real; returns what `step` returned, for `Walk.advance`.

@@ -71,13 +71,9 @@ def _normalised_error(said: Prediction, velocity: Tensor, denoised: Tensor) -> T
     return difference.square().flatten(1).mean(1) / weight
 
 
-def velocity_matching(said: Prediction, denoised: Tensor) -> Tensor:
-    """|v - v(x0)|^2 where the state was noised from the picture x0 (B, ...): the training loss of the base; (B,).
-
-    Raises ValueError at sigma = 0, where x0 says nothing about the velocity.
-    """
-    target = Prediction.from_denoised(said.sample, denoised, said.sigma, said.path)
-    return _mean_square(said.velocity - target.velocity)
+def matching(answer: Tensor, wanted: Tensor) -> Tensor:
+    """|answer - wanted|^2 (B,): the loss of the base itself, both (B, ...) in its own terms (noise or velocity)."""
+    return _mean_square(answer - wanted.detach())
 
 
 def velocity_distance(said: Prediction, base: Prediction) -> Tensor:
@@ -121,20 +117,22 @@ def grpo_guard(
     sample: Tensor,
     advantage: Tensor,
     *,
-    dt: float,
+    stride: float,
     clip: float = 1e-4,
     log_prob: str = "mean",
 ) -> PolicyLoss:
     """GRPO-Guard, Eq. (8) of arXiv:2510.22319: rho = exp[(log p - log p_old + |mean - mean_old|^2 / 2 s^2) s].
 
     s is the std of the step. The correction removes the ratio's bias below 1, the factor s makes its spread that of
-    the mean's move at every noise level, and the loss is divided by |dt|. log_prob as in `grpo`; the correction is
-    taken over the same dimensions. Raises ValueError for a step without noise.
+    the mean's move at every noise level, and the loss is divided by |dt|, so that every step moves the velocity alike.
+    stride: `Path.stride` of the step, which on flow is dt. (On variance-preserving models the difference of sigmas
+    would not do: it vanishes near sigma = 1, where the first step would count ten times the others.) log_prob as in
+    `grpo`; the correction is taken over the same dimensions. Raises ValueError for a step without noise.
     """
     size = said.mean[0].numel() if log_prob == "mean" else 1
     bias = (said.mean - old.mean.detach()).square().flatten(1).sum(1) / (2 * said.std**2 * size)
     plain = _clipped((_log_ratio(said, old, sample, log_prob) + bias) * said.std, advantage, clip)
-    return PolicyLoss(plain.loss / abs(dt), plain.ratio, plain.clipped)
+    return PolicyLoss(plain.loss / abs(stride), plain.ratio, plain.clipped)
 
 
 def _log_ratio(said: Transition, old: Transition, sample: Tensor, log_prob: str) -> Tensor:

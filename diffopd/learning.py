@@ -15,7 +15,7 @@ from diffopd import estimators
 from diffopd.data_states import next_place, noised
 from diffopd.drive import Call, Visit, Walk
 from diffopd.errors import UserError
-from diffopd.prediction import LEAST_STD, Transition
+from diffopd.prediction import LEAST_STD, Prediction, Transition
 from diffopd.sampling import Sampled
 from diffopd.schedulers import Place
 from diffopd.supervise import Manner, NonFiniteLoss, StudentWalk, Watch
@@ -159,7 +159,8 @@ def _forward_loss(
     """The estimators on noised final pictures: nft and supervised."""
     said = here.prediction
     if old is None:
-        return estimators.velocity_matching(said, batch.denoised)
+        truth = Prediction.from_denoised(said.sample, batch.denoised, said.sigma, said.path)
+        return estimators.matching(here.model_output, here.answer_for(truth))
     loss = estimators.nft(said, old, batch.denoised, good, beta=settings.beta)
     for reference in base:
         distance = estimators.velocity_distance(said, reference)
@@ -182,7 +183,8 @@ def _policy_loss(
     said = walked.transition(visits[0], visits[0].prediction)
     options = {"clip": settings.clip_range, "log_prob": settings.log_prob}
     if settings.name == "grpo_guard":
-        found = estimators.grpo_guard(said, taken.transition, taken.sample, good, dt=taken.step.dt, **options)
+        options["stride"] = visits[0].place.path.stride(taken.step.sigma, taken.step.sigma_next)
+        found = estimators.grpo_guard(said, taken.transition, taken.sample, good, **options)
     else:
         found = estimators.grpo(said, taken.transition, taken.sample, good, **options)
     measures.add("ratio", found.ratio)

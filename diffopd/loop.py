@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,6 +41,11 @@ def new_trained(run: Runnable) -> Trained:
     average = Average(student.parameters, train.ema_decay) if train.ema_decay else None
     followed = [teacher.follow[0] for teacher in run.teachers if teacher.follow]
     return Trained(student.pipeline, student.parameters, optimizer, average, *followed[:1], is_lora=student.is_lora)
+
+
+def one_fold(run: Runnable, watch: Watch) -> AbstractContextManager[None]:
+    """Open it where no weight changes, around forwards and backwards: a fused student folds its adapter once in it."""
+    return run.fold.once(watch("backward")) if run.fold else nullcontext()
 
 
 def run_updates(

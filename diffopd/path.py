@@ -61,6 +61,12 @@ class Path:
         kept = sample if self.name == "flow" else _times(sigma, sample)
         return _times(1 / alpha, noise - kept)
 
+    def stride(self, sigma: float, sigma_next: float) -> float:
+        """What multiplies v in the deterministic step, negative: s' - s (flow), s'a - a's, an angle's sine (vp)."""
+        if self.name == "flow":
+            return sigma_next - sigma
+        return sigma_next * float(self.alpha(sigma)) - sigma * float(self.alpha(sigma_next))
+
 
 def _times(level: Level, tensor: Tensor) -> Tensor:
     """level * tensor with a level per row broadcast over the tensor's other dimensions."""

@@ -30,34 +30,44 @@ KEPT = 64
 
 @dataclass(frozen=True)
 class RewardWatch:
-    """The tasks to be scored, the taught one first; calls of the taught model and of the base at its deployment."""
+    """The tasks to be scored, the taught one first; calls of the taught model and of the base at its deployment.
+
+    own: the taught card's reward, where another one is trained on.
+    """
 
     tasks: tuple[Task, ...]
     taught: Call
     base: Call
     recipe: TeachRecipe
+    own: Reward | None = None
 
     def look(self) -> dict[str, float]:
-        """ "reward", the scores of the others by name, "drift" and "diversity"; means over prompts and seeds."""
-        found: dict[str, float] = {}
-        for place, task in enumerate(self.tasks):
-            images, found[task.name] = self._score(task)
-            if place == 0:
-                found["diversity"] = diversity(images)
-        return {**found, "drift": self._drift(self.tasks[0].rows)}
+        """ "reward", the scores of the others by name, "drift" and "diversity"; means over prompts and seeds.
 
-    def _score(self, task: Task) -> tuple[list[object], float]:
+        Under its card's name the taught task's own score, where another reward is trained on.
+        """
+        taught, *others = self.tasks
+        own = {self.recipe.card.name: self.own} if self.own else {}
+        images, found = self._score(taught, {taught.name: taught.reward, **own})
+        found["diversity"] = diversity(images)
+        for task in others:
+            found |= self._score(task, {task.name: task.reward})[1]
+        return {**found, "drift": self._drift(taught.rows)}
+
+    def _score(self, task: Task, rewards: dict[str, Reward]) -> tuple[list[object], dict[str, float]]:
+        """The first pictures of a task, and the mean of each reward over all of them."""
         card, settings = self.recipe.card, self.recipe.evaluate
         call = self.taught.told(output_type="pil")
         contender = Contender("taught", call, card.num_inference_steps, card.guidance_scale)
-        kept, scores = [], []
+        kept, scores = [], {name: [] for name in rewards}
         for seed in settings.seeds:
             place = 0
             for images in pictures(contender, task.rows, task.name, seed, settings.batch_size):
-                scores.append(score(task.reward, images, task.rows[place : place + len(images)]))
+                for name, reward in rewards.items():
+                    scores[name].append(score(reward, images, task.rows[place : place + len(images)]))
                 kept += images[: max(0, KEPT - len(kept))]
                 place += len(images)
-        return kept, float(torch.cat(scores).mean())
+        return kept, {name: float(torch.cat(held).mean()) for name, held in scores.items()}
 
     def _drift(self, rows: list[PromptRow]) -> float:
         """Mean |v - v_base|^2 over the states that the taught model visits on the first batch of held-out prompts."""

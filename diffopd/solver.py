@@ -158,9 +158,7 @@ def implied_prediction(landing: object, step: Step, path: Path) -> Prediction:
     landing (B, ...). On vp, x' = (a'a + s's) x + (s'a - a's) v. This is how a landing after several teacher
     substeps becomes a velocity that the student can match.
     """
-    if path.name == "flow":
-        return Prediction(step.sample, (landing - step.sample) / step.dt, step.sigma, path)
     s, s_next = step.sigma, step.sigma_next
     a, a_next = (float(path.alpha(level)) for level in (s, s_next))
-    kept, moved = a_next * a + s_next * s, s_next * a - a_next * s
-    return Prediction(step.sample, (landing - kept * step.sample) / moved, step.sigma, path)
+    kept = 1.0 if path.name == "flow" else a_next * a + s_next * s
+    return Prediction(step.sample, (landing - kept * step.sample) / path.stride(s, s_next), step.sigma, path)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from diffopd import noise
-from diffopd.adapters import autocast_forward
+from diffopd.adapters import autocast_forward, fused_forward
 from diffopd.checkpoint import Trained, averaged, load_checkpoint
 from diffopd.data_states import encode_images, encode_pictures
 from diffopd.distill import INITIAL, learning_rate_factor, manner_of
@@ -22,7 +22,7 @@ from diffopd.drive import denoiser_of
 from diffopd.errors import UserError
 from diffopd.estimators import advantages, optimality
 from diffopd.learning import Measures, learn
-from diffopd.loop import INTERRUPTED, new_trained, refuse_non_finite_norm, run_updates
+from diffopd.loop import INTERRUPTED, new_trained, one_fold, refuse_non_finite_norm, run_updates
 from diffopd.run_folder import RunFolder
 from diffopd.sampling import Sampled, gathered, joined, sample, score
 from diffopd.supervise import NonFiniteLoss, Watch
@@ -52,6 +52,8 @@ def teach(recipe: TeachRecipe, folder: RunFolder) -> bool:
         calls = [call for call in (run.sides.student, run.sides.old, run.sides.base, run.watch.base) if call]
         for denoiser in {id(d): d for d in (denoiser_of(call.pipeline) for call in calls)}.values():
             stack.enter_context(autocast_forward(denoiser, dtype))
+        if recipe.train.fuse_student:  # the old policy is folded by itself, the base has nothing to fold
+            run.fold = stack.enter_context(fused_forward(denoiser_of(run.student.pipeline)))
         log = stack.enter_context(TeachLog(folder, recipe, trained.progress, is_main=run.processes.is_main))
         if recipe.train.validate_every and not trained.progress.update:
             log.validation(held_out(run, trained))
@@ -120,7 +122,7 @@ def sampled_pictures(run: TeachRun, update: int, mine: list[int], watch: Watch) 
     policy = recipe.estimator.name in POLICY_GRADIENT
     manner = manner_of(recipe, run.walk.num_visits, update, 0) if policy else None
     parts, futures = [], []
-    with ThreadPoolExecutor(1, thread_name_prefix="reward") as scorer:
+    with ThreadPoolExecutor(1, thread_name_prefix="reward") as scorer, one_fold(run, watch):
         for numbers in run.batches(mine):
             rows = [run.row(update, number) for number in numbers]
 
@@ -182,8 +184,9 @@ def optimizer_step(
     trained.optimizer.zero_grad(set_to_none=True)
     places = [i for i, number in enumerate(batch.numbers) if number % parts == step] if batch else []
     count = len(range(step, recipe.num_pictures, parts))
-    for chosen in run.batches(places):
-        learn_part(run, update, step, batch.part(chosen), good[chosen], count, measures, watch)
+    with one_fold(run, watch):
+        for chosen in run.batches(places):
+            learn_part(run, update, step, batch.part(chosen), good[chosen], count, measures, watch)
     with watch("optimizer"):
         run.processes.sum_gradients(trained.parameters.values())
         norm = torch.nn.utils.clip_grad_norm_(trained.parameters.values(), train.max_grad_norm)

@@ -46,8 +46,8 @@ def check_teach(recipe: TeachRecipe, *, hash_weights: bool = False) -> TeachPart
         )
     if recipe.estimator.name in POLICY_GRADIENT:
         _check_noise(recipe, parts)
-    missing = check_card_reward(card) if recipe.is_supervised else check_reward(recipe)
-    missing += [name for other in watched_cards(recipe) for name in check_card_reward(other)]
+    missing = [] if recipe.is_supervised else check_reward(recipe)
+    missing += [name for scored in (card, *watched_cards(recipe)) for name in check_card_reward(scored)]
     picture_function(recipe)
     if recipe.is_supervised and not recipe.pictures:
         _check_files(recipe, rows)

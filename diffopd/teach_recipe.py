@@ -43,6 +43,7 @@ SHARED = {
         "ema_decay",
         "mixed_precision",
         "gradient_checkpointing",
+        "fuse_student",
         "attention_backend",
         "report_to",
         "validate_every",

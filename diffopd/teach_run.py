@@ -10,15 +10,17 @@ from functools import partial
 from torch import Tensor, nn
 
 from diffopd import noise
-from diffopd.adapters import SELF_TEACHER, STUDENT, AdapterSwitch, Average
+from diffopd.adapters import SELF_TEACHER, STUDENT, AdapterSwitch, Average, Fold
 from diffopd.assemble import Student, assemble, self_teacher, with_denoiser
+from diffopd.blueprint import read_blueprint
 from diffopd.data import PromptRow, read_prompts
 from diffopd.distill import INITIAL
 from diffopd.drive import Call, Survey, denoiser_of, shell, survey
+from diffopd.grid import make_scheduler
 from diffopd.learning import Sides
 from diffopd.processes import Processes, default_device, join_processes
 from diffopd.recipe import TeacherSettings
-from diffopd.reward import picture_function, reward_of
+from diffopd.reward import card_reward, picture_function, reward_of
 from diffopd.reward_watch import RewardWatch, watched_tasks
 from diffopd.teach_recipe import TeachRecipe
 from diffopd.teacher import Reward
@@ -28,14 +30,17 @@ Follow = tuple[Average, dict[str, nn.Parameter]]
 
 @dataclass
 class TeachRun:
-    """What one update needs. pictures: for supervised teachers, rows and seeds to B PIL images (None: from files)."""
+    """What one update needs. files: the training rows of each prompt file.
+
+    pictures: for supervised teachers, rows and seeds to B PIL images (None: from files).
+    """
 
     recipe: TeachRecipe
     student: Student
     sides: Sides
     follow: Follow | None
     walk: Survey
-    rows: list[PromptRow]
+    files: list[list[PromptRow]]
     reward: Reward | None
     watch: RewardWatch
     processes: Processes
@@ -43,6 +48,7 @@ class TeachRun:
     pictures: Callable[..., list[object]] | None = None
     teachers: list[object] = field(default_factory=list)  # of a distillation run; here there are none
     looks: None = None  # of a tuning run
+    fold: Fold | None = None
 
     def noise(self, update: int, solver_step: int, numbers: list[int]) -> Tensor:
         """Standard normal (B, ...), a function of (seed, update, solver_step, picture's number)."""
@@ -51,10 +57,12 @@ class TeachRun:
         return noise.draw(shape, **keys).to(self.device)
 
     def row(self, update: int, number: int) -> PromptRow:
-        """The prompt of a picture: every pass over the file is a fresh permutation, a group shares its prompt."""
+        """The prompt of a picture, which its group shares: files take turns, every pass over one is a permutation."""
         place = update * self.recipe.sampling.num_prompts + number // self.recipe.group_size
-        epoch, place = divmod(place, len(self.rows))
-        return self.rows[noise.permuted(place, len(self.rows), self.recipe.seed, epoch, self.recipe.card.name)]
+        turn, file = divmod(place, len(self.files))
+        rows = self.files[file]
+        epoch, place = divmod(turn, len(rows))
+        return rows[noise.permuted(place, len(rows), self.recipe.seed, epoch, self.recipe.card.name)]
 
     def batches(self, numbers: list[int]) -> Iterator[list[int]]:
         """Consecutive micro-batches of at most train.batch_size."""
@@ -69,19 +77,20 @@ def assemble_run(recipe: TeachRecipe) -> TeachRun:
     """
     processes, device = join_processes(), default_device()  # first: rewards must find this process's own GPU
     reward = None if recipe.is_supervised else reward_of(recipe)
+    own = card_reward(recipe.card) if recipe.rewards else None
     tasks, pictures = watched_tasks(recipe, reward), picture_function(recipe)
     student, _ = assemble(recipe, device)
     old, base, follow = _other_sides(recipe, student)
-    rows = read_prompts(recipe.card.prompts.train)
+    files = [read_prompts(file) for file in recipe.card.prompts.files("train")]
     return TeachRun(
         recipe=recipe,
         student=student,
         sides=Sides(student.call, old, base if recipe.estimator.reference_weight else None),
         follow=follow,
-        walk=survey(student.call.prompted([rows[0].prompt])),
-        rows=rows,
+        walk=survey(student.call.prompted([files[0][0].prompt])),
+        files=files,
         reward=reward,
-        watch=RewardWatch(tasks, _deployed(recipe, student.call), _deployed(recipe, base), recipe),
+        watch=RewardWatch(tasks, _deployed(recipe, student.call), _deployed(recipe, base), recipe, own),
         processes=processes,
         device=device,
         pictures=pictures,
@@ -90,8 +99,13 @@ def assemble_run(recipe: TeachRecipe) -> TeachRun:
 
 def _deployed(recipe: TeachRecipe, call: Call) -> Call:
     """The call at the card's steps and guidance, whatever it is sampled with while it is taught."""
-    card = recipe.card
-    return call.told(num_inference_steps=card.num_inference_steps, guidance_scale=card.guidance_scale)
+    card, pipeline = recipe.card, call.pipeline
+    if recipe.student.scheduler:
+        bare = recipe.student.model_copy(update={"scheduler": {}})
+        pipeline = shell(pipeline)
+        pipeline.scheduler = make_scheduler(recipe.model_copy(update={"student": bare}), read_blueprint(card.base))
+    told = {"num_inference_steps": card.num_inference_steps, "guidance_scale": card.guidance_scale}
+    return Call(pipeline, {**call.arguments, **told}, call.binding)
 
 
 def _other_sides(recipe: TeachRecipe, student: Student) -> tuple[Call | None, Call, Follow | None]:

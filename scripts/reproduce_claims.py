@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -14,6 +15,8 @@ import reproduce_texts as texts
 from reproduce_pages import Page, Plot, Table, lines, spread
 from reproduce_runs import Cost, Setup, adapter_within, costs, distill, kept, last_adapter, teach, updates_of
 from reproduce_scores import DEPLOYED, NATIVE, TASKS, Scorer, drawn_by_teachers, mean_of
+
+from diffopd.recipe import read_recipe
 
 # What the shipped teachers took to make, on one core (docs/world.md).
 TEACHER_SECONDS = {"composition": 600.0, "text": 420.0, "style": 2520.0}
@@ -65,6 +68,7 @@ def method_runs(setup: Setup, scorer: Scorer) -> tuple[Runs, dict[tuple[str, int
 
         done("DiffusionOPD", distill(setup, "opd", seed))
         done("DiffusionOPD, m = 1", distill(setup, "opd-m1", seed, ["objective.substeps=1"]))
+        done("DiffusionOPD from the base", distill(setup, "opd-base", seed, ['student.begin_from="base"']))
         done("joint NFT", teach(setup, "joint-nft", seed, "unmade/joint/nft.toml"))
         done("joint GRPO-Guard", teach(setup, "joint-grpo", seed, "unmade/joint/grpo.toml"))
         done("cascade NFT", *cascade(setup, seed))
@@ -72,8 +76,7 @@ def method_runs(setup: Setup, scorer: Scorer) -> tuple[Runs, dict[tuple[str, int
         folder, cost = (Path("SAMPLES"), Cost()) if setup.listing else drawn_by_teachers(scorer, count, seed)
         done("SFT on teacher samples", teach(setup, "sft", seed, str(folder / "joint" / "supervised.toml")))
         copies = [f'teachers.{place}.name="{(folder / task).absolute()}"' for place, task in enumerate(TASKS)]
-        off = [*copies, 'objective.states="data"', "train.validate_every=0"]  # held-out rows have no pictures
-        done("off-policy distillation", distill(setup, "off-policy", seed, off))
+        done("off-policy distillation", distill(setup, "off-policy", seed, [*copies, 'objective.states="data"']))
         extra["SFT on teacher samples", seed] = extra["off-policy distillation", seed] = cost
     return runs, extra
 
@@ -84,8 +87,14 @@ def cascade(setup: Setup, seed: int) -> list[Path]:
     for task in CASCADE:
         begin = [f'student.init_weights="{last_adapter(held[-1]).absolute()}"'] if held else []
         name = f"cascade-{len(held) + 1}-{task}"
-        held.append(teach(setup, name, seed, f"{task}/nft.toml", [*AS_DEPLOYED, *begin], share=1 / len(CASCADE)))
+        settings = [*AS_DEPLOYED, "rewards=[]", *(begin or [f"student.target_modules={json.dumps(same_layers())}"])]
+        held.append(teach(setup, name, seed, f"{task}/nft.toml", settings, share=1 / len(CASCADE)))
     return held
+
+
+def same_layers() -> list[str]:
+    """The layers that DiffusionOPD's adapter has: every method of claim 1 has them."""
+    return read_recipe("together").student.target_modules
 
 
 def _references() -> list[tuple[str, str, tuple[int, float]]]:
@@ -256,8 +265,7 @@ def reward_teachers(setup: Setup, scorer: Scorer) -> Page | None:
     for task in TASKS:
         for name, file, settings in REWARD_WAYS:
             runs[name, task] = [
-                teach(setup, f"{task}-{name.lower()}", seed, f"{task}/{file}", [*settings, *LOOKS])
-                for seed in setup.seeds
+                teach(setup, f"{task}-{name.lower()}", seed, f"{task}/{file}", settings) for seed in setup.seeds
             ]
     if setup.listing:
         return None
@@ -337,7 +345,6 @@ CHOICES: dict[str, dict[str, list[str]]] = {
     },
 }
 CHOICE_HEAD = ["choice", *TASKS, "average", "updates", "seconds", "network calls"]
-LOOKS = ["watch=[]", "train.validate_every=0"]
 REWARD_WAYS: list[tuple[str, str, list[str]]] = [
     ("NFT", "nft.toml", []),
     ("GRPO", "grpo.toml", ['estimator.name="grpo"']),

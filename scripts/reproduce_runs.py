@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -16,7 +17,8 @@ from typing import Any
 from diffopd.load import LORA_FILE
 from diffopd.run_folder import RunFolder, atomic_write
 
-QUICK = ["train.max_train_seconds=0.0", "train.max_train_steps=2", "train.lr_warmup_steps=0", "train.validate_every=0"]
+UNWATCHED = "train.validate_every=0"  # looks while training would take their seconds from it, of RL the most
+QUICK = ["train.max_train_seconds=0.0", "train.max_train_steps=2", "train.lr_warmup_steps=0"]
 QUICK += ["train.checkpointing_steps=1", "train.batch_size=2", "evaluate.num_prompts=2", "evaluate.batch_size=2"]
 
 
@@ -73,7 +75,8 @@ def start(setup: Setup, name: str, command: list[str]) -> Path:
         print(f"{name}: finished already")
         return folder
     print(f"{name} ...", flush=True)
-    subprocess.run([sys.executable, "-m", "diffopd.cli", *whole], check=True)
+    one_core = {**os.environ, "OMP_NUM_THREADS": "1"}  # budgets are seconds of one
+    subprocess.run([sys.executable, "-m", "diffopd.cli", *whole], check=True, env=one_core)
     done.write_text(json.dumps({"command": whole}, indent=1))
     return folder
 
@@ -82,7 +85,8 @@ def distill(setup: Setup, name: str, seed: int, settings: Iterable[str] = (), re
     """A distillation under `seed`; its learning rate is constant, so that a checkpoint may stand for less training."""
     budget = [f"train.max_train_seconds={setup.seconds}", "train.checkpointing_steps=10"]
     budget = QUICK if setup.quick else budget
-    fixed = [f"seed={seed}", 'train.lr_scheduler="constant"', "evaluate.teachers=false", "evaluate.num_prompts=2"]
+    fixed = [f"seed={seed}", 'train.lr_scheduler="constant"', UNWATCHED]
+    fixed += ["evaluate.teachers=false", "evaluate.num_prompts=2"]
     return start(setup, f"{name}-seed{seed}", ["distill", recipe, *_set([*fixed, *budget, *settings])])
 
 
@@ -92,7 +96,8 @@ def teach(setup: Setup, name: str, seed: int, recipe: str, settings: Iterable[st
     if setup.quick:
         budget = [*QUICK, "sampling.num_prompts=2"]
         budget += [] if "supervised" in recipe else ["sampling.group_size=2"]
-    return start(setup, f"{name}-seed{seed}", ["teach", recipe, *_set([f"seed={seed}", *budget, *settings])])
+    fixed = [f"seed={seed}", "watch=[]", UNWATCHED]
+    return start(setup, f"{name}-seed{seed}", ["teach", recipe, *_set([*fixed, *budget, *settings])])
 
 
 def kept(setup: Setup, kind: str, key: list[Any], make: Callable[[], Any]) -> Any:

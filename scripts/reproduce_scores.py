@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -170,11 +171,14 @@ def _point_at(folder: Path, names: list[str]) -> None:
         text = text.replace(f'"../../{name}/prompts/test.jsonl"', f'"{top / name / "prompts" / "test.jsonl"}"')
     text = text.replace('"reward.py:', f'"{top / "unmade" / "joint" / "reward.py"}:')
     (joint / "teacher.toml").write_text(text)
-    nft = (joint / "nft.toml").read_text()
+    (joint / "supervised.toml").write_text(supervised((joint / "nft.toml").read_text()))
+
+
+def supervised(nft: str) -> str:
+    """The toml of joint reinforcement learning as one of learning from pictures, at the rate of the teachers' own."""
     student = nft[nft.index("[student]") : nft.index("[estimator]")]
-    rest = nft[nft.index("[train]") :].replace("3e-4", "2e-3")
-    supervised = '[estimator]\nname = "supervised"\n\n[sampling]\nnum_prompts = 32\n\n'
-    (joint / "supervised.toml").write_text(f"{student}{supervised}{rest}")
+    rest = re.sub(r"(?m)^learning_rate = .*$", "learning_rate = 2e-3", nft[nft.index("[train]") :])
+    return f'{student}[estimator]\nname = "supervised"\n\n[sampling]\nnum_prompts = 32\n\n{rest}'
 
 
 def mean_of(scores: Scores) -> dict[str, float]:

@@ -5,7 +5,9 @@ DiffusionOPD (arXiv:2605.15055) says that distilling several teachers along the 
 and cascade reinforcement learning, averaging the teachers' weights, supervised training on their samples and
 distillation at states that are not the student's, at less cost once the teachers are there. Every method here has the
 same adapter, the same seconds of training on one core, a constant learning rate, and is deployed in 4 steps without
-guidance. Network calls are rows of the denoiser, forward, of all sides (a backward is not counted).
+guidance. Distillation, off-policy too, begins at the teachers' average, "from the base" at the base; reinforcement
+learning and SFT begin at the base. Network calls are rows of the denoiser, forward, of all sides (a backward is not
+counted).
 """
 GRADIENT = """\
 DiffusionOPD (arXiv:2605.15055) minimises the KL of each step in closed form. Policy gradients see the same KL through
@@ -28,7 +30,7 @@ steps by the student's solver. So what a solver makes of the teacher in 4 steps 
 Nothing is trained here.
 """
 REWARDS = """\
-From the base, by the world's scorer alone: DiffusionNFT (2509.16117), Flow-GRPO (2505.05470), GRPO-Guard
-(2510.22319), with the settings of `teachers/*/nft.toml` and `grpo.toml`. Sampled without guidance in 10 steps; scored
-as the card deploys the teacher.
+From the base, by the world's scorer alone (text by the share of right letters): DiffusionNFT (2509.16117), Flow-GRPO
+(2505.05470), GRPO-Guard (2510.22319), with the settings of `teachers/*/nft.toml` and `grpo.toml`. Sampled without
+guidance in 8 steps; scored as the card deploys the teacher.
 """

@@ -1,5 +1,7 @@
 """A batch is sampled, then learnt from at the same states, on both paths: gradients against finite differences."""
 
+import math
+
 import cast
 import pytest
 import torch
@@ -111,6 +113,19 @@ def test_policy_gradients_are_the_slope_of_their_loss_at_the_recorded_states(wal
     check_slope(world, 1e-2)  # the ratios are near 1, so that a shorter way drowns in float32
 
 
+@pytest.mark.parametrize("walk", ["flow_sde", "ddim on vp"])
+def test_the_guard_is_told_how_far_each_step_goes_along_the_velocity(walk, monkeypatch):
+    scheduler, manner = WALKS[walk]
+    world, told, plain = World(scheduler, "grpo_guard", manner), [], estimators.grpo_guard
+    monkeypatch.setattr(estimators, "grpo_guard", lambda *a, **k: told.append(k["stride"]) or plain(*a, **k))
+    world.learn()
+    assert len(told) >= STEPS - 1
+    for stride, taken in zip(told, world.batch.taken, strict=False):
+        angles = math.asin(taken.step.sigma_next), math.asin(taken.step.sigma)
+        moved = taken.step.dt if walk == "flow_sde" else math.sin(angles[0] - angles[1])
+        assert stride == pytest.approx(moved, rel=1e-4)
+
+
 @pytest.mark.parametrize("scheduler", ["flow euler", "ddim zero-SNR v", "ddim", "euler"])
 @pytest.mark.parametrize("estimator", ["nft", "supervised"])
 def test_gradients_on_noised_pictures_are_the_slope_of_their_loss(scheduler, estimator, monkeypatch):
@@ -122,6 +137,21 @@ def test_gradients_on_noised_pictures_are_the_slope_of_their_loss(scheduler, est
 
     monkeypatch.setattr(estimators, "_normalised_error", plain)
     check_slope(World(scheduler, estimator, {}), 2e-3)
+
+
+@pytest.mark.parametrize(("scheduler", "said"), [("ddim", "noise"), ("euler", "noise"), ("flow euler", "velocity")])
+def test_supervision_is_the_bases_own_loss_in_what_its_network_says(scheduler, said, monkeypatch):
+    """At high noise the square of the velocity is hundreds of times that of a noise prediction: another loss."""
+    plain = estimators.matching
+    world, compared = World(scheduler, "supervised", {}), []
+    monkeypatch.setattr(estimators, "matching", lambda *both: compared.append(both) or plain(*both))
+    world.learn()
+    assert len(compared) == STEPS
+    for index, (_, wanted) in enumerate(compared):
+        noise = draws(BATCH, 200 + index)
+        truth = noise - world.batch.denoised if said == "velocity" else noise
+        exact = {"atol": 1e-3, "rtol": 1e-3} if index else {"atol": 2e-2, "rtol": 0}  # Euler's begins at .998 of it
+        torch.testing.assert_close(wanted, truth, **exact)
 
 
 def test_a_recorded_walk_is_the_pipelines_own_and_its_density_that_of_its_draws():

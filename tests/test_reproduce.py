@@ -2,6 +2,8 @@
 
 import json
 import shlex
+import tomllib
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -62,10 +64,10 @@ def test_the_variance_ratio_is_that_of_an_estimate_whose_noise_is_known():
     assert moments.ratio == pytest.approx(1 + 4, rel=0.05)
 
 
-def listed(capsys, tmp_path, claims: str) -> list[list[str]]:
+def listed(capsys, tmp_path, claims: str, *, quick: bool = True) -> list[list[str]]:
     from reproduce import main
 
-    main(claims, "0,1", 60.0, 2, tmp_path, tmp_path, True, True)
+    main(claims, "0,1", 60.0, 2, tmp_path, tmp_path, quick, True)
     lines = [shlex.split(line, comments=True) for line in capsys.readouterr().out.splitlines()]
     return [line[1:] for line in lines if line and line[0] == "diffopd"]
 
@@ -77,7 +79,7 @@ def options_of(command: list[str]) -> list[str]:
 def test_every_command_of_the_claims_is_valid_and_each_run_has_a_folder_of_its_own(capsys, tmp_path):
     commands = listed(capsys, tmp_path, "1,3,5")
     folders = [command[command.index("--output-dir") + 1] for command in commands]
-    assert len(set(folders)) == 2 * (9 + 11 + 9) == len({shlex.join(command) for command in commands})
+    assert len(set(folders)) == 2 * (10 + 11 + 9) == len({shlex.join(command) for command in commands})
     for command in commands:
         options = [option for option in options_of(command) if "LAST" not in option and "SAMPLES" not in option]
         if command[0] == "distill":
@@ -85,6 +87,40 @@ def test_every_command_of_the_claims_is_valid_and_each_run_has_a_folder_of_its_o
         elif "SAMPLES" not in command[1]:
             assert read_teach_recipe(command[1], options).train.max_train_steps == 2
     assert sum("LAST" in " ".join(command) for command in commands) == 2 * 2, "the cascade's second and third task"
+
+
+def test_every_method_of_claim_1_has_the_same_seconds_and_layers_and_its_seconds_go_into_training(capsys, tmp_path):
+    seconds, layers = defaultdict(float), set()
+    for command in listed(capsys, tmp_path, "1", quick=False):
+        options = [option for option in options_of(command) if "LAST" not in option and "SAMPLES" not in option]
+        name = "unmade/joint/nft.toml" if "SAMPLES" in command[1] else command[1]  # it has that file's [student]
+        recipe = (read_recipe if command[0] == "distill" else read_teach_recipe)(name, options)
+        method, _, seed = command[-1].rpartition("/")[2].rpartition("-seed")
+        seconds["cascade" if method.startswith("cascade") else method, seed] += recipe.train.max_train_seconds
+        assert recipe.train.validate_every == 0 and recipe.train.max_train_steps == 0 and recipe.train.fuse_student
+        if len(options) == len(options_of(command)):  # the cascade's later tasks take the first one's layers
+            layers.add(frozenset(recipe.student.target_modules))
+    assert len(seconds) == 2 * 8 and all(value == pytest.approx(60) for value in seconds.values())
+    assert layers == {frozenset(read_recipe("together").student.target_modules)}
+
+
+def test_sft_on_teacher_samples_is_the_joint_student_with_the_teachers_own_rate_and_batch():
+    from reproduce_scores import supervised
+
+    nft = (ROOT / "teachers" / "unmade" / "joint" / "nft.toml").read_text()
+    made, joint = tomllib.loads(supervised(nft)), tomllib.loads(nft)
+    assert made["student"] == joint["student"] and made["estimator"] == {"name": "supervised"}
+    assert made["train"] == joint["train"] | {"learning_rate": 2e-3} and made["sampling"] == {"num_prompts": 32}
+
+
+def test_runs_are_given_one_core_as_the_pages_say(monkeypatch, tmp_path):
+    import reproduce_runs
+
+    given = []
+    monkeypatch.setattr(reproduce_runs.subprocess, "run", lambda command, **options: given.append(options["env"]))
+    monkeypatch.setenv("OMP_NUM_THREADS", "8")
+    reproduce_runs.distill(reproduce_runs.Setup(tmp_path), "opd", 0)
+    assert given[0]["OMP_NUM_THREADS"] == "1"
 
 
 def test_every_choice_of_claim_3_can_be_walked():

@@ -17,9 +17,11 @@ from typer.testing import CliRunner
 from diffopd import teach as loop
 from diffopd.cli import app
 from diffopd.errors import UserError
+from diffopd.load import load_pipeline
 from diffopd.run_folder import RunFolder
 from diffopd.teach_check import check_teach
 from diffopd.teach_recipe import read_teach_recipe
+from diffopd.teach_run import assemble_run
 from diffopd.teacher import teacher_card, weights_sha256
 
 ROOT = Path(__file__).parents[1]
@@ -157,6 +159,27 @@ def test_other_tasks_drift_and_diversity_are_watched_beside_the_reward(whole):
         assert {"reward", "lines", "diversity"} <= row.keys()
     pictures = [row["reward"] for row in rows]
     assert len(set(pictures)) == 3, "held-out pictures change with the weights"
+
+
+def test_a_reward_of_its_own_does_not_hide_the_score_of_the_card(folder):
+    """Of the same pictures: what is trained on is no witness against itself."""
+    write(folder, updates=1)
+    plain = run(folder, "train.validate_every=1", name="plain")
+    other = run(folder, "train.validate_every=1", 'rewards=[{reward="jpeg_compressibility"}]', name="other")
+    (first, _), (before, after) = ([r for r in made.metrics() if r["kind"] == "held_out"] for made in (plain, other))
+    assert before["dots"] == first["reward"] and before["reward"] < 0 and "dots" not in first
+    assert after["dots"] != before["dots"]
+
+
+def test_held_out_pictures_are_drawn_by_the_bases_scheduler_whatever_samples(folder):
+    write(folder, "grpo", updates=1)
+    noisy = 'student.scheduler={class="EulerAncestralDiscreteScheduler"}'
+    found = assemble_run(read_teach_recipe(str(folder), [noisy]))
+    base = type(load_pipeline(found.recipe.card.base).scheduler).__name__
+    assert type(found.sides.student.pipeline.scheduler).__name__ == "EulerAncestralDiscreteScheduler" != base
+    for call in (found.watch.taught, found.watch.base):
+        assert type(call.pipeline.scheduler).__name__ == base
+        assert call.arguments["num_inference_steps"] == found.recipe.card.num_inference_steps
 
 
 def test_the_old_policy_samples_and_the_base_is_asked_only_where_distance_costs(folder):
@@ -319,6 +342,19 @@ def test_an_update_does_not_depend_on_its_micro_batches(folder):
     whole = run(folder, *IN_PROPORTION, name="whole").path
     uneven = run(folder, *IN_PROPORTION, "train.batch_size=5", name="uneven").path
     assert_same_update(trained(whole), trained(uneven))
+
+
+@pytest.mark.parametrize(("estimator", "overrides"), [("nft", ()), ("grpo_guard", NOISY)])
+def test_a_fused_student_makes_the_same_update_over_the_old_policy_and_the_base(folder, estimator, overrides):
+    """The second step is learnt under weights that the first one moved: a fold that outlived it would show."""
+    write(folder, estimator, updates=1)
+    options = [*IN_PROPORTION, *overrides, "sampling.optimizer_steps=2"]
+    beside = run(folder, *options, name="beside")
+    folded = run(folder, *options, "train.fuse_student=true", name="folded")
+    assert_same_update(trained(beside.path), trained(folded.path))
+    one, two = beside.metrics()[0], folded.metrics()[0]
+    assert one["network_calls"] == two["network_calls"]
+    assert one["from_base"] == pytest.approx(two["from_base"], rel=1e-3)
 
 
 def test_two_processes_make_the_update_of_one(folder):

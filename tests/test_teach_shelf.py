@@ -1,9 +1,12 @@
 """The shipped ways to teach: every one is read and checked, and the embedded world's pictures show what rows say."""
 
 import importlib.util
+from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -16,6 +19,7 @@ from diffopd.run_folder import RunFolder
 from diffopd.teach import teach
 from diffopd.teach_check import check_teach
 from diffopd.teach_recipe import read_teach_recipe
+from diffopd.teach_run import TeachRun
 from diffopd.teacher import load_reward, teacher_card
 
 ROWS = 24
@@ -44,6 +48,8 @@ def test_a_shipped_way_to_teach_is_complete_and_says_how_to_start_it(name):
     assert set(check_teach(recipe).missing) <= (PACKAGES if name.startswith("unmade/sd35-ocr") else set())
     command = f"diffopd teach {name.removesuffix('/teach.toml') if name.split('/')[0] in WORLD else name}"
     assert command in recipe.path.read_text()
+    if name.split("/")[0] in WORLD:
+        assert recipe.student.guidance_scale == 1.0, "the card's guidance is for deployment"
 
 
 @pytest.mark.parametrize("name", SD35)
@@ -73,6 +79,21 @@ def test_joint_prompts_alternate_between_the_tasks_and_each_picture_has_its_own_
         task_of({"prompt": "a dot"})
 
 
+@pytest.mark.parametrize("name", ["unmade/joint/nft.toml", "unmade/joint/grpo.toml"])
+def test_every_update_of_joint_learning_has_as_many_prompts_of_each_task(name):
+    """However long their files are: distillation gives each teacher the same share of the updates."""
+    recipe = read_teach_recipe(name)
+    task_of = load_reward("reward.py:task_of", recipe.card.folder)
+    run = SimpleNamespace(recipe=recipe, files=[read_prompts(file) for file in recipe.card.prompts.files("train")])
+    for update in (0, 1, 300):
+        rows = [TeachRun.row(run, update, number) for number in range(recipe.num_pictures)]
+        assert Counter(task_of(row.metadata) for row in rows) == dict.fromkeys(WORLD, recipe.num_pictures // 3)
+        groups = [rows[start : start + recipe.group_size] for start in range(0, len(rows), recipe.group_size)]
+        assert all(group == [group[0]] * recipe.group_size for group in groups)
+    styles = [TeachRun.row(run, update, number).prompt for update in range(131) for number in (16, 40, 64, 88)]
+    assert len(styles) == 524 == len(set(styles)), "a pass meets each prompt once"
+
+
 @pytest.mark.slow
 def test_joint_and_cascade_reinforcement_learning_run_on_the_embedded_world(tmp_path):
     """An update of each: the cascade's second task begins with the first one's adapter."""
@@ -92,6 +113,17 @@ def test_joint_and_cascade_reinforcement_learning_run_on_the_embedded_world(tmp_
     assert first.keys() == second.keys()
     assert all(torch.allclose(first[key], second[key], atol=1e-6) for key in first)
     assert any(tensor.abs().max() > 0 for key, tensor in first.items() if "lora_B" in key)
+
+
+def test_a_word_is_scored_by_the_share_of_its_letters_where_all_can_be_read():
+    card = teacher_card("text", shelf("teachers"))
+    share, draw = load_reward("letters.py:share", card.folder), load_reward("../pictures.py:text", card.folder)
+    (image,) = draw([""], [{"word": "KEA"}], [3])
+    rows = [{"word": word} for word in ("KEA", "KEB", "KFB", "XYZ", "EAK")]
+    assert share([image] * 5, [""] * 5, rows).tolist() == pytest.approx([1, 2 / 3, 1 / 3, 0, 0])
+    assert share([Image.new("RGB", (48, 48), "white")], [""], rows[:1]).tolist() == [0]
+    for name in ("nft", "grpo"):
+        assert [term.reward for term in read_teach_recipe(f"text/{name}.toml").rewards] == ["letters.py:share"]
 
 
 @pytest.mark.parametrize("task", ["composition", "text", "style"])
