@@ -1,6 +1,7 @@
 """Contract of the shipped recipes, teacher folders and configs: complete, consistent, and planned without a network."""
 
 import importlib
+import inspect
 import json
 import tomllib
 
@@ -13,6 +14,7 @@ from diffopd.blueprint import read_blueprint
 from diffopd.cli import app
 from diffopd.data import read_prompts
 from diffopd.errors import UserError
+from diffopd.grid import make_scheduler
 from diffopd.locate import find_recipe, find_tune_recipe, recipe_names, shelf, teacher_names, tune_recipe_names
 from diffopd.preflight import check
 from diffopd.recipe import read_recipe
@@ -111,6 +113,14 @@ def test_shipped_configs_give_files_of_the_published_size(name):
     assert {part: sizes[part] for part in PUBLISHED[name]} == PUBLISHED[name]
 
 
+@pytest.mark.parametrize("name", ["sd15-hyper", "sdxl-hyper"])
+def test_another_scheduler_class_takes_what_the_base_says_of_its_last_level(name):
+    """SDXL's own class has no set_alpha_to_one, but its file has, and DDIM takes it: its last step ends at level 0."""
+    recipe = read_recipe(name)
+    scheduler = make_scheduler(recipe, read_blueprint(recipe.student.pretrained_model_name_or_path, shipped=True))
+    assert scheduler.final_alpha_cumprod == scheduler.alphas_cumprod[0] < 1
+
+
 def test_every_shipped_config_is_held_to_published_numbers():
     folder = locate.PACKAGE / "configs"
     assert {p.parent.relative_to(folder).as_posix() for p in folder.glob("*/*/model_index.json")} == set(PUBLISHED)
@@ -118,21 +128,25 @@ def test_every_shipped_config_is_held_to_published_numbers():
         assert json.loads(file.read_text())
 
 
+def settings_of(kind):
+    """What a class of diffusers can be told; a scheduler's file also tells classes that a recipe may name instead."""
+    kinds = [kind, *kind._get_compatibles()] if kind.__name__.endswith("Scheduler") else [kind]
+    return {key for kind in kinds for key in inspect.signature(kind.__init__).parameters}
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_shipped_configs_name_classes_and_settings_that_exist(name):
-    import inspect
-
     blueprint = read_blueprint(name, shipped=True)
     for component, (library, kind) in blueprint.classes.items():
         if library == "diffusers":
-            known = inspect.signature(getattr(importlib.import_module(library), kind).__init__).parameters
-            assert {key for key in blueprint.configs[component] if not key.startswith("_")} <= set(known)
+            known = settings_of(getattr(importlib.import_module(library), kind))
+            assert {key for key in blueprint.configs[component] if not key.startswith("_")} <= known
 
 
 # tuning recipe -> what its teacher sees, first and last timestep; 4 steps, 4 pictures, one evaluation each
 TUNED = {
     "z-image-turbo": ("image prompt", [1000, 500]),
-    "flux2-klein": ("reference image", [1000, 717.497]),
+    "flux2-klein": ("reference image", [1000, 767.2]),
     "sdxl-turbo": ("ip adapter", [999, 249]),
     "sd15-lcm": ("ip adapter", [999, 259]),
 }
