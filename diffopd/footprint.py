@@ -19,8 +19,9 @@ from diffopd.blueprint import (
     tensor_shapes,
 )
 from diffopd.dialects import paired, ranks_said
+from diffopd.fit_check import lora_size
 from diffopd.grid import make_scheduler, side_arguments
-from diffopd.preflight import Parts, lora_size
+from diffopd.preflight import Parts
 from diffopd.recipe import Recipe
 from diffopd.teacher import TeacherCard, hub_weights, lora_file, weight_files
 

@@ -17,9 +17,9 @@ from diffopd.blueprint import build_on_meta
 from diffopd.checkpoint import save_deployable
 from diffopd.drive import Call, Walk, decode, denoiser_of
 from diffopd.errors import UserError
+from diffopd.fit_check import lora_size
 from diffopd.load import LORA_FILE, fuse_adapter, load_lora, load_pipeline
 from diffopd.parts import CHECKPOINTS_WRONGLY, denoisers_of
-from diffopd.preflight import lora_size
 from diffopd.recipe import read_recipe
 from diffopd.schedulers import FAMILIES as SCHEDULER_FAMILIES
 from diffopd.schedulers import family_of
