@@ -65,7 +65,7 @@ class Blueprint:
         for name, config in self.configs.items():
             if name not in held and "scheduler" not in name:
                 model = self.meta_denoiser if name == self.denoiser else build_component(self.classes[name], config)
-                held[name] = sum(parameter.numel() for parameter in model.parameters())
+                held[name] = num_stored(model)
         return held
 
     def weight_files(self) -> dict[str, list[Path]]:
@@ -133,6 +133,11 @@ def tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     if ends > size:
         raise UserError(f"{path}: is cut short ({size:,} of {ends:,} bytes). Save or copy it anew.")
     return {name: tuple(entry["shape"]) for name, entry in tensors.items()}
+
+
+def num_stored(model: nn.Module) -> int:
+    """How many numbers a model's file holds: its parameters, each once, and the buffers that are saved with them."""
+    return sum({id(tensor): tensor.numel() for tensor in model.state_dict(keep_vars=True).values()}.values())
 
 
 def num_values(path: Path) -> int:

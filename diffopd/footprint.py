@@ -9,10 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffopd.blueprint import BYTES, NOT_IN_TRAINING, add_adapter_like, build_component, num_values, tensor_shapes
+from diffopd.blueprint import (
+    BYTES,
+    NOT_IN_TRAINING,
+    add_adapter_like,
+    build_component,
+    num_stored,
+    num_values,
+    tensor_shapes,
+)
 from diffopd.dialects import paired, ranks_said
+from diffopd.fit_check import lora_size
 from diffopd.grid import make_scheduler, side_arguments
-from diffopd.preflight import Parts, lora_size
+from diffopd.preflight import Parts
 from diffopd.recipe import Recipe
 from diffopd.teacher import TeacherCard, hub_weights, lora_file, weight_files
 
@@ -149,7 +158,7 @@ def _teacher_size(parts: Parts, card: TeacherCard, adapter: int, unsure: list[st
     if card.weights is None:
         return 0
     if _has_own(parts, card):
-        return parts.base.num_parameters()
+        return num_stored(parts.base.meta_denoiser)
     if card.hub_weights:
         unsure.append(f"teacher {card.name} is on the hub: it is taken to be as large as the student's LoRA")
         return adapter

@@ -1,6 +1,7 @@
 """Shared fixtures. One thread and no network, set before torch is imported by anyone."""
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -70,3 +71,15 @@ def tiny_teacher(tiny_teachers) -> Path:
 def tiny_recipe(tmp_path, tiny_sd, tiny_teachers) -> Path:
     """A recipe file with both tiny teachers; its output_dir is tmp_path / "run"."""
     return tiny.write_recipe(tmp_path / "tiny.toml", tiny_sd, tiny_teachers)
+
+
+@pytest.fixture
+def own_teachers(tiny_teachers, tmp_path) -> list[Path]:
+    """Copies of the tiny teachers that a test may spoil."""
+    return [shutil.copytree(folder, tmp_path / "mine" / folder.name) for folder in tiny_teachers]
+
+
+@pytest.fixture
+def own_recipe(tmp_path, tiny_sd, own_teachers) -> Path:
+    """A recipe file, tiny.toml, with the copies of the tiny teachers."""
+    return tiny.write_recipe(tmp_path / "tiny.toml", tiny_sd, own_teachers)

@@ -1,6 +1,7 @@
 """Contract of the shipped recipes, teacher folders and configs: complete, consistent, and planned without a network."""
 
 import importlib
+import inspect
 import json
 import tomllib
 
@@ -13,24 +14,27 @@ from diffopd.blueprint import read_blueprint
 from diffopd.cli import app
 from diffopd.data import read_prompts
 from diffopd.errors import UserError
+from diffopd.grid import make_scheduler
 from diffopd.locate import find_recipe, find_tune_recipe, recipe_names, shelf, teacher_names, tune_recipe_names
 from diffopd.preflight import check
 from diffopd.recipe import read_recipe
 from diffopd.reward import check_card_reward
 from diffopd.teacher import teacher_card
 
-# Denoiser, VAE and text encoders as published: numbers of parameters.
+# Component -> how many numbers its published file holds. Where the file has an index (FLUX.1, T5, Qwen3, Qwen2.5-VL,
+# Z-Image-Turbo, Qwen-Image) its total_size is twice that; elsewhere the file is that and a header of less than .3 MB.
+T5, QWEN3, QWEN_VL, BIG_G, SDXL = 4_762_310_656, 4_022_468_096, 8_292_166_656, 694_659_840, 2_567_463_684
 PUBLISHED = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": {"unet": 859_520_964, "text_encoder": 123_060_480},
-    "stabilityai/stable-diffusion-xl-base-1.0": {"unet": 2_567_463_684, "text_encoder_2": 694_659_840},
-    "stabilityai/sdxl-turbo": {"unet": 2_567_463_684, "text_encoder_2": 694_659_840},
-    "stabilityai/stable-diffusion-3.5-medium": {"transformer": 2_243_171_520, "text_encoder_3": 4_762_310_656},
-    "black-forest-labs/FLUX.1-dev": {"transformer": 11_901_408_320, "vae": 83_819_683},
-    "black-forest-labs/FLUX.2-klein-4B": {"transformer": 3_875_544_576, "vae": 84_046_115},
-    "black-forest-labs/FLUX.2-klein-base-4B": {"transformer": 3_875_544_576, "text_encoder": 4_022_468_096},
-    "Tongyi-MAI/Z-Image": {"transformer": 6_154_908_736, "text_encoder": 4_022_468_096},
+    "stabilityai/stable-diffusion-xl-base-1.0": {"unet": SDXL, "text_encoder_2": BIG_G, "vae": 83_653_863},
+    "stabilityai/sdxl-turbo": {"unet": SDXL, "text_encoder_2": BIG_G},
+    "stabilityai/stable-diffusion-3.5-medium": {"transformer": 2_469_663_936, "text_encoder_3": T5},
+    "black-forest-labs/FLUX.1-dev": {"transformer": 11_901_408_320, "text_encoder_2": T5, "vae": 83_819_683},
+    "black-forest-labs/FLUX.2-klein-4B": {"transformer": 3_875_544_576, "vae": 84_046_372},
+    "black-forest-labs/FLUX.2-klein-base-4B": {"transformer": 3_875_544_576, "text_encoder": QWEN3},
+    "Tongyi-MAI/Z-Image": {"transformer": 6_154_908_736, "text_encoder": QWEN3},
     "Tongyi-MAI/Z-Image-Turbo": {"transformer": 6_154_908_736},
-    "Qwen/Qwen-Image": {"transformer": 20_430_401_088, "text_encoder": 8_292_166_656, "vae": 126_892_531},
+    "Qwen/Qwen-Image": {"transformer": 20_430_401_088, "text_encoder": QWEN_VL, "vae": 126_892_531},
 }
 # recipe -> first and last timestep, denoiser rows of the student and of all teachers in one update
 PLANS = {
@@ -104,9 +108,17 @@ def test_a_teacher_folder_is_complete(name):
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_shipped_configs_give_the_published_numbers_of_parameters(name):
+def test_shipped_configs_give_files_of_the_published_size(name):
     sizes = read_blueprint(name, shipped=True).component_sizes()
     assert {part: sizes[part] for part in PUBLISHED[name]} == PUBLISHED[name]
+
+
+@pytest.mark.parametrize("name", ["sd15-hyper", "sdxl-hyper"])
+def test_another_scheduler_class_takes_what_the_base_says_of_its_last_level(name):
+    """SDXL's own class has no set_alpha_to_one, but its file has, and DDIM takes it: its last step ends at level 0."""
+    recipe = read_recipe(name)
+    scheduler = make_scheduler(recipe, read_blueprint(recipe.student.pretrained_model_name_or_path, shipped=True))
+    assert scheduler.final_alpha_cumprod == scheduler.alphas_cumprod[0] < 1
 
 
 def test_every_shipped_config_is_held_to_published_numbers():
@@ -116,21 +128,25 @@ def test_every_shipped_config_is_held_to_published_numbers():
         assert json.loads(file.read_text())
 
 
+def settings_of(kind):
+    """What a class of diffusers can be told; a scheduler's file also tells classes that a recipe may name instead."""
+    kinds = [kind, *kind._get_compatibles()] if kind.__name__.endswith("Scheduler") else [kind]
+    return {key for kind in kinds for key in inspect.signature(kind.__init__).parameters}
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_shipped_configs_name_classes_and_settings_that_exist(name):
-    import inspect
-
     blueprint = read_blueprint(name, shipped=True)
     for component, (library, kind) in blueprint.classes.items():
         if library == "diffusers":
-            known = inspect.signature(getattr(importlib.import_module(library), kind).__init__).parameters
-            assert {key for key in blueprint.configs[component] if not key.startswith("_")} <= set(known)
+            known = settings_of(getattr(importlib.import_module(library), kind))
+            assert {key for key in blueprint.configs[component] if not key.startswith("_")} <= known
 
 
 # tuning recipe -> what its teacher sees, first and last timestep; 4 steps, 4 pictures, one evaluation each
 TUNED = {
     "z-image-turbo": ("image prompt", [1000, 500]),
-    "flux2-klein": ("reference image", [1000, 717.497]),
+    "flux2-klein": ("reference image", [1000, 767.2]),
     "sdxl-turbo": ("ip adapter", [999, 249]),
     "sd15-lcm": ("ip adapter", [999, 259]),
 }

@@ -1,0 +1,92 @@
+"""Whether what the recipe asks for can be called here: arguments, sizes, backends, packages, rewards."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from pathlib import Path
+
+from diffopd.blueprint import Blueprint
+from diffopd.errors import UserError, suggestion
+from diffopd.quantize import check_quantization, quantization_config
+from diffopd.recipe import Recipe
+from diffopd.reward import check_card_reward
+from diffopd.teacher import TeacherCard
+
+
+def check_resolutions(recipe: Recipe) -> None:
+    """All sides draw at one size: a call without height and width has the pipeline's default, whatever others say."""
+    for index, teacher in enumerate(recipe.teachers):
+        for key in ("height", "width", "num_frames"):
+            mine, others = teacher.call.get(key), recipe.student.call.get(key)
+            if mine != others:
+                place, name = recipe.place("teachers", index, "call", key), Path(teacher.name).name
+                raise UserError(
+                    f"{place}: teacher {name!r} is called with {key} = {mine or 'the default'}, the student with "
+                    f"{others or 'the default'}. All sides draw at one size: give both the same {key} in their call."
+                )
+
+
+def check_packages(recipe: Recipe) -> None:
+    """Optional packages that the recipe asks for are installed."""
+    check_quantization(recipe)
+    train = recipe.train
+    wanted = [("report_to", name) for name in train.report_to]
+    wanted += [("attention_backend", "xformers")] if train.attention_backend == "xformers" else []
+    for key, name in wanted:
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.origin is None:  # a mere folder of this name has no origin
+            raise UserError(
+                f"{recipe.place('train', key)}: train.{key} asks for {name}, which is not installed. Install "
+                f"diffopd[{name}], or leave {name} out."
+            )
+
+
+def check_reward_runs(card: TeacherCard, *, must_run: bool) -> None:
+    """A task's reward is there; what it needs must be installed only where it will run."""
+    missing = check_card_reward(card)
+    if missing and must_run:
+        raise UserError(
+            f"{card.path}: the evaluation needs the reward of {card.name!r}, and that needs {', '.join(missing)}. "
+            "Install the extra that docs/teach.md names beside the reward, or give the card another."
+        )
+
+
+def check_backends(recipe: Recipe, base: Blueprint) -> None:
+    """What quantization and attention backend will refuse without having seen a weight, they refuse now."""
+    from diffopd.attention import check_attention_backend
+
+    quantization_config(recipe, base.denoiser)
+    try:
+        check_attention_backend(base.meta_denoiser, recipe.train.attention_backend)
+    except UserError as error:
+        raise UserError(f"{recipe.place('train', 'attention_backend')}: {error}") from error
+
+
+def check_call_arguments(recipe: Recipe, base: Blueprint) -> None:
+    """The keyword arguments of every side must be parameters of the pipeline's call."""
+    import diffusers
+
+    kind = getattr(diffusers, base.pipeline_class, None)
+    if kind is None:
+        raise UserError(
+            f"{base.folder}: pipeline class {base.pipeline_class!r} is not one of the installed diffusers "
+            f"({diffusers.__version__}). Install a newer diffusers or take another base."
+        )
+    known = [name for name in inspect.signature(kind.__call__).parameters if name != "self"]
+    sides = [(("student",), recipe.student.call)]
+    sides += [(("teachers", index), teacher.call) for index, teacher in enumerate(recipe.teachers)]
+    for location, call in sides:
+        for key in call:
+            if key not in known:
+                raise UserError(
+                    f"{recipe.place(*location, 'call', key)}: {base.pipeline_class} takes no argument "
+                    f"{key!r}."
+                    f"{suggestion(key, known)}"
+                )
+        eta = call.get("eta", 0.0)
+        if isinstance(eta, bool) or not isinstance(eta, (int, float)) or not 0 <= eta <= 1:
+            raise UserError(
+                f"{recipe.place(*location, 'call', 'eta')}: eta = {eta!r} is not allowed. It is DDIM's share of fresh "
+                "noise: give a number from 0 (none) to 1 (that of DDPM)."
+            )
