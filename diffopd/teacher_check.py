@@ -7,7 +7,7 @@ ten updates. Measured by distance, shown as a grid.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -59,7 +59,9 @@ class _Drawn:
 
 
 def check_teacher(run: Run, folder: RunFolder, *, force: bool = False) -> Verdict:
-    """Draw up to eight training pictures with and without the context; write teacher-check.png and .json.
+    """Draw up to eight training pictures with and without the context, all else as the teacher is called.
+
+    Writes teacher-check.png and .json.
 
     Raises UserError with the numbers and the grid where the context does not help, unless forced.
     """
@@ -97,9 +99,10 @@ def not_step_distilled(verdict: Verdict, num_inference_steps: int) -> str | None
 
 def _draw_both(run: Run, rows: list[PromptRow], numbers: list[int]) -> list[_Drawn]:
     teacher, size = run.teachers[0], rows[0].bucket
-    without = draw(run, run.student.call, [row.prompt for row in rows], numbers, size)
-    seeing = teacher.call.told(num_inference_steps=run.recipe.student.num_inference_steps)
-    seeing = seeing.told(**teacher.context.arguments(rows))
+    told = teacher.call.told(num_inference_steps=run.recipe.student.num_inference_steps)
+    blind = replace(run.student.call, arguments=told.arguments)  # its guidance as well: the context alone differs
+    without = draw(run, blind, [row.prompt for row in rows], numbers, size)
+    seeing = told.told(**teacher.context.arguments(rows))
     richer = draw(run, seeing, teacher.context.prompts(rows), numbers, size)
     targets = [picture(row.metadata["file_name"], image.size) for row, image in zip(rows, richer, strict=True)]
     return [_Drawn(*three) for three in zip(targets, without, richer, strict=True)]

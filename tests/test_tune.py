@@ -285,6 +285,20 @@ def test_a_run_is_looked_at_stops_when_it_forgets_and_goes_on_where_it_was(run_w
     assert first["drift"] < 0.005 and looks.reason is None  # pictures on the disk have 8 bits
     with torch.no_grad():
         for name, parameter in run.student.parameters.items():
+def test_guidance_of_the_teacher_alone_is_no_context(tiny_sd, pictures):
+    """A richer caption that says nothing more, under guidance that the student has not."""
+    file = pictures / "metadata.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    file.write_text("\n".join(json.dumps(row | {"enhanced_text": row["text"]}) for row in rows))
+    tuning = prepare(asked(tiny_sd, pictures, "teacher.guidance_scale=5.0"))
+    with task_written(tuning):
+        folder = RunFolder.create(tuning.recipe.output_dir, tuning.recipe, {})
+    run, _ = prepared(tuning.recipe)
+    assert run.teachers[0].call.arguments["guidance_scale"] == 5.0 != run.student.call.arguments["guidance_scale"]
+    verdict = check_teacher(run, folder, force=True)
+    assert verdict.with_context == verdict.without_context and not verdict.passed
+
+
             parameter.add_(2.0 if "lora_B" in name else 0.0)
     again = Looks(settings, folder, looks.pictures)
     again.begin(run, is_new=False)
