@@ -377,3 +377,18 @@ def test_the_command_goes_the_whole_road(tiny_sd, pictures, tmp_path, ip_options
     assert "A picture here and in ordinary fine-tuning" in page
     assert "pictures" not in json.loads((run / "cost.json").read_text())["sft"]  # made latents once a run
     assert "Tuned on pictures" in page and "by image encoder" in page and 'alt="before and now"' in page
+def test_the_last_update_is_looked_at_whatever_the_interval(tiny_sd, pictures, monkeypatch):
+    monkeypatch.setattr(loop, "save_trajectory", lambda run, folder: None)
+    tuning = prepare(asked(tiny_sd, pictures, "train.max_train_steps=3"))
+    with task_written(tuning):
+        folder = RunFolder.create(tuning.recipe.output_dir, tuning.recipe, {})
+
+    def begin(run, is_new):
+        run.looks = Looks(LookSettings(every=2, num_prompts=2, max_drift=1.0), folder, [pictures / "0.png"])
+        run.looks.begin(run, is_new=is_new)
+
+    loop.distill(tuning.recipe, folder, begin)
+    assert [row["update"] for row in rows_of(folder, "look")] == [2, 3]
+    assert rows_of(folder, "stop")[0]["reason"] == "reached max_train_steps = 3"
+
+
