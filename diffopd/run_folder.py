@@ -35,7 +35,8 @@ FREE_TO_CHANGE = {
     "train.report_to",
     "train.attention_backend",
 }
-PREPARED = {"task"}  # what may lie in the folder before its run: a task made from pictures
+# What may lie in the folder before its run: a task made from pictures, and what is found out before the first update.
+PREPARED = {"task", "teacher-check.png", "teacher-check.json", "cost.json"}
 BEGUN = ("recipe.toml", "recipe.json")
 SCHEDULE = {"train.max_train_steps", "train.max_train_seconds"}  # a cosine falls towards them: fixed under it
 
@@ -56,7 +57,7 @@ class RunFolder:
         """
         folder = cls(Path(path))
         if (folder.path / "recipe.json").is_file():
-            if not _is_free(folder.path, *BEGUN):  # else it was stopped before it had trained anything
+            if has_begun(folder.path):
                 folder._refuse_another_run(recipe, hashes, processes)
         elif folder.path.exists() and not _is_free(folder.path):
             raise UserError(
@@ -187,6 +188,11 @@ class RunFolder:
         kept = [row for row in rows if row.get("update", 0) <= last and row.get("kind") != "stop"]
         if (self.path / "metrics.jsonl").is_file():
             self.write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def has_begun(path: Path) -> bool:
+    """Whether a folder holds a run that was not stopped before its first update."""
+    return (path / "recipe.json").is_file() and not _is_free(path, *BEGUN)
 
 
 def _is_free(path: Path, *besides: str) -> bool:

@@ -24,6 +24,7 @@ from diffopd.data import read_prompts
 from diffopd.errors import UserError
 from diffopd.images import Picture, read_pictures
 from diffopd.recipe import Recipe, from_resolved
+from diffopd.run_folder import has_begun
 from diffopd.tune_recipe import TuneRecipe
 
 TASK = "task"  # the folder inside a run's that holds its task
@@ -84,7 +85,7 @@ def write_task(tuning: Tuning) -> bool:
     before = {file: path.read_text(encoding="utf-8") for file in tuning.task if (path := folder / file).is_file()}
     if before == tuning.task:
         return False
-    if (folder.parent / "recipe.json").is_file():
+    if has_begun(folder.parent):
         changed = next(file for file in tuning.task if before.get(file) != tuning.task[file])
         raise UserError(
             f"output_dir {folder.parent} holds a run that began with other pictures, captions or teacher "

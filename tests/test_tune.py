@@ -151,7 +151,8 @@ def test_without_buckets_every_picture_is_square(tiny_sd, pictures):
 def test_other_pictures_are_refused_once_a_run_has_begun(tiny_sd, pictures):
     tuning = prepare(asked(tiny_sd, pictures))
     with task_written(tuning):
-        RunFolder.create(tuning.recipe.output_dir, tuning.recipe, {})
+        folder = RunFolder.create(tuning.recipe.output_dir, tuning.recipe, {})
+    folder.append_metrics({"kind": "update", "update": 1})
     Image.new("RGB", (16, 16), "yellow").save(pictures / "1.png")
     with pytest.raises(UserError, match=r"task/prompts/train.jsonl differs"):
         write_task(prepare(asked(tiny_sd, pictures)))
@@ -181,6 +182,19 @@ def test_a_run_trains_over_buckets_and_resumes_exactly(tiny_sd, pictures, ip_opt
     options = [option for option in options if option != "ip"]
     if 'teacher.weights="frozen"' in options:
         options.remove("teacher.ema_decay=0.5")
+def test_after_a_failed_check_the_same_folder_takes_other_captions_and_contexts(tiny_sd, pictures, ip_options):
+    tuning = prepare(asked(tiny_sd, pictures))
+    with task_written(tuning):
+        folder = RunFolder.create(tuning.recipe.output_dir, tuning.recipe, {})
+    for name in ("teacher-check.png", "teacher-check.json"):
+        (folder.path / name).write_text("no better")
+    Image.new("RGB", (16, 16), "yellow").save(pictures / "1.png")
+    other = prepare(asked(tiny_sd, pictures, *ip_options))
+    assert write_task(other)
+    taken = RunFolder.create(other.recipe.output_dir, other.recipe, {})
+    assert taken.recipe().teachers[0].context.kind == "ip_adapter"
+
+
     steps = "train.max_train_steps="
     whole = trained(prepare(asked(tiny_sd, pictures, *options, f"{steps}3", output=tmp_path / "whole")))
     trained(prepare(asked(tiny_sd, pictures, *options, f"{steps}2", output=tmp_path / "halves")))
