@@ -142,6 +142,28 @@ def test_a_task_is_a_teacher_folder_that_names_pictures_and_buckets(tiny_sd, pic
 
 def test_without_buckets_every_picture_is_square(tiny_sd, pictures):
     tuning = prepare(asked(tiny_sd, pictures, "images.aspect_buckets=false", "images.resolution=20"))
+def test_what_is_watched_is_said(tiny_sd, pictures, tmp_path):
+    assert "watched" not in dict(facts(prepare(asked(tiny_sd, pictures))))
+    told = dict(facts(prepare(asked(tiny_sd, pictures, "look.every=5"))))
+    assert "own captions, which shows fitting only" in told["watched"]
+    (tmp_path / "new.txt").write_text("a dot at night\n")
+    held_out = f"images.held_out={json.dumps(str(tmp_path / 'new.txt'))}"
+    told = dict(facts(prepare(asked(tiny_sd, pictures, "look.every=5", held_out))))
+    assert told["watched"].startswith("every 5 updates and at the end, 8 drawings of prompts in")
+
+
+def test_a_model_is_not_guided_unless_it_is_asked_for(pictures):
+    """Z-Image guides from above 0, others from above 1."""
+
+    def prepared(*asked_for):
+        options = ["context.kind=enhanced_prompt", *asked_for]
+        told = read_tune_recipe(None, "Tongyi-MAI/Z-Image-Turbo", str(pictures), options)
+        return prepare(told, pictures.parent / "task", shipped=True).recipe
+
+    assert prepared().student.guidance_scale == prepared().teachers[0].guidance_scale == 0.0
+    assert prepared("student.guidance_scale=1.0").student.guidance_scale == 1.0
+
+
     assert tuning.buckets == [(16, 16)] * 3
     assert tuning.recipe.student.call == {"width": 16, "height": 16}
     with pytest.raises(UserError, match="resolution = 3 is below 8"):
