@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from test_cli import command as run_cli
 from test_distill import assert_same_state, rows_of, state_of
 
+from diffopd import closeness
 from diffopd import distill as loop
 from diffopd.data import PromptRow
 from diffopd.drawing import grid, sharpness
@@ -20,6 +21,7 @@ from diffopd.errors import UserError
 from diffopd.looks import Looks, compare, is_collapsed
 from diffopd.preflight import check
 from diffopd.run_folder import RunFolder
+from diffopd.teacher import load_reward
 from diffopd.teacher_check import Verdict, check_teacher, not_step_distilled
 from diffopd.tune import facts, prepare, task_written, write_task
 from diffopd.tune_recipe import LookSettings, read_tune_recipe
@@ -140,8 +142,6 @@ def test_a_task_is_a_teacher_folder_that_names_pictures_and_buckets(tiny_sd, pic
     assert dict(facts(tuning))["sizes"].startswith("32 x 32: 2, 40 x 24: 1")
 
 
-def test_without_buckets_every_picture_is_square(tiny_sd, pictures):
-    tuning = prepare(asked(tiny_sd, pictures, "images.aspect_buckets=false", "images.resolution=20"))
 def test_what_is_watched_is_said(tiny_sd, pictures, tmp_path):
     assert "watched" not in dict(facts(prepare(asked(tiny_sd, pictures))))
     told = dict(facts(prepare(asked(tiny_sd, pictures, "look.every=5"))))
@@ -164,6 +164,8 @@ def test_a_model_is_not_guided_unless_it_is_asked_for(pictures):
     assert prepared("student.guidance_scale=1.0").student.guidance_scale == 1.0
 
 
+def test_without_buckets_every_picture_is_square(tiny_sd, pictures):
+    tuning = prepare(asked(tiny_sd, pictures, "images.aspect_buckets=false", "images.resolution=20"))
     assert tuning.buckets == [(16, 16)] * 3
     assert tuning.recipe.student.call == {"width": 16, "height": 16}
     with pytest.raises(UserError, match="resolution = 3 is below 8"):
@@ -178,6 +180,19 @@ def test_other_pictures_are_refused_once_a_run_has_begun(tiny_sd, pictures):
     Image.new("RGB", (16, 16), "yellow").save(pictures / "1.png")
     with pytest.raises(UserError, match=r"task/prompts/train.jsonl differs"):
         write_task(prepare(asked(tiny_sd, pictures)))
+
+
+def test_after_a_failed_check_the_same_folder_takes_other_captions_and_contexts(tiny_sd, pictures, ip_options):
+    tuning = prepare(asked(tiny_sd, pictures))
+    with task_written(tuning):
+        folder = RunFolder.create(tuning.recipe.output_dir, tuning.recipe, {})
+    for name in ("teacher-check.png", "teacher-check.json"):
+        (folder.path / name).write_text("no better")
+    Image.new("RGB", (16, 16), "yellow").save(pictures / "1.png")
+    other = prepare(asked(tiny_sd, pictures, *ip_options))
+    assert write_task(other)
+    taken = RunFolder.create(other.recipe.output_dir, other.recipe, {})
+    assert taken.recipe().teachers[0].context.kind == "ip_adapter"
 
 
 def test_an_error_before_the_run_leaves_nothing_behind(tiny_sd, pictures):
@@ -204,19 +219,6 @@ def test_a_run_trains_over_buckets_and_resumes_exactly(tiny_sd, pictures, ip_opt
     options = [option for option in options if option != "ip"]
     if 'teacher.weights="frozen"' in options:
         options.remove("teacher.ema_decay=0.5")
-def test_after_a_failed_check_the_same_folder_takes_other_captions_and_contexts(tiny_sd, pictures, ip_options):
-    tuning = prepare(asked(tiny_sd, pictures))
-    with task_written(tuning):
-        folder = RunFolder.create(tuning.recipe.output_dir, tuning.recipe, {})
-    for name in ("teacher-check.png", "teacher-check.json"):
-        (folder.path / name).write_text("no better")
-    Image.new("RGB", (16, 16), "yellow").save(pictures / "1.png")
-    other = prepare(asked(tiny_sd, pictures, *ip_options))
-    assert write_task(other)
-    taken = RunFolder.create(other.recipe.output_dir, other.recipe, {})
-    assert taken.recipe().teachers[0].context.kind == "ip_adapter"
-
-
     steps = "train.max_train_steps="
     whole = trained(prepare(asked(tiny_sd, pictures, *options, f"{steps}3", output=tmp_path / "whole")))
     trained(prepare(asked(tiny_sd, pictures, *options, f"{steps}2", output=tmp_path / "halves")))
@@ -283,6 +285,20 @@ def test_a_teacher_that_its_context_does_not_help_is_stopped_with_a_grid(run_wit
         check_teacher(run, folder)
 
 
+def test_guidance_of_the_teacher_alone_is_no_context(tiny_sd, pictures):
+    """A richer caption that says nothing more, under guidance that the student has not."""
+    file = pictures / "metadata.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    file.write_text("\n".join(json.dumps(row | {"enhanced_text": row["text"]}) for row in rows))
+    tuning = prepare(asked(tiny_sd, pictures, "teacher.guidance_scale=5.0"))
+    with task_written(tuning):
+        folder = RunFolder.create(tuning.recipe.output_dir, tuning.recipe, {})
+    run, _ = prepared(tuning.recipe)
+    assert run.teachers[0].call.arguments["guidance_scale"] == 5.0 != run.student.call.arguments["guidance_scale"]
+    verdict = check_teacher(run, folder, force=True)
+    assert verdict.with_context == verdict.without_context and not verdict.passed
+
+
 def test_a_model_that_is_dull_in_few_steps_is_explained():
     dull = Verdict("pixels", 0.1, 0.2, 1.0, 0.1, 0.2, few_step_sharpness=0.4)
     assert "40 % of the sharpness that it has in 16" in not_step_distilled(dull, 4)
@@ -312,6 +328,36 @@ def test_looks_tell_nearness_drift_mush_and_collapse_apart():
     assert sharpness(stripes) > sharpness(red) == 0
 
 
+def test_a_collapse_on_the_subject_alone_is_seen():
+    """Drawings of the subject may go to what the pictures are, but neither beyond nor all to one."""
+    others = [noise_picture(i) for i in range(4)]
+    smooth = [Image.radial_gradient("L").resize((16, 16)).convert("RGB")] * 2
+    shown = [Image.merge("RGB", (side,) * 3) for side in map(Image.Image.getchannel, others[:2], "RG")]
+    before = {"subject": others[:2], "unrelated": others}
+    assert not is_collapsed(compare(before, {"subject": shown, "unrelated": others}, shown))
+    assert is_collapsed(compare(before, {"subject": smooth, "unrelated": others}, shown))
+    assert not is_collapsed(compare(before, {"subject": smooth, "unrelated": others}, smooth))
+    one = {"subject": others[:1], "unrelated": others[:1]}
+    assert not is_collapsed(compare(one, one, shown))  # one drawing has no diversity to lose
+
+
+def test_pictures_are_compared_as_they_are_trained(tmp_path):
+    """Turned, laid over white and cut to the drawing's shape, in looks and in the task's reward alike."""
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    wide = Image.new("RGB", (40, 10), "red")
+    wide.paste("blue", (14, 0, 26, 10))
+    wide.rotate(90, expand=True).save(tmp_path / "wide.png", exif=turned)
+    Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    (tmp_path / "prompts").mkdir()
+    rows = [{"prompt": "a", "file_name": str(tmp_path / name)} for name in ("wide.png", "clear.png")]
+    (tmp_path / "prompts" / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    shutil.copy(closeness.__file__, tmp_path / "closeness.py")
+    reward = load_reward("closeness.py:closeness", tmp_path)
+    found = reward([Image.new("RGB", (20, 20), color) for color in ("blue", "white", "red")], [""] * 3, [{}] * 3)
+    assert min(found[:2]) > 0.99 and found[2] < 0.5
+
+
 def test_a_run_is_looked_at_stops_when_it_forgets_and_goes_on_where_it_was(run_with_teacher, tmp_path):
     run, folder = run_with_teacher
     settings = LookSettings(every=1, num_prompts=2, max_drift=0.02)
@@ -321,20 +367,6 @@ def test_a_run_is_looked_at_stops_when_it_forgets_and_goes_on_where_it_was(run_w
     assert first["drift"] < 0.005 and looks.reason is None  # pictures on the disk have 8 bits
     with torch.no_grad():
         for name, parameter in run.student.parameters.items():
-def test_guidance_of_the_teacher_alone_is_no_context(tiny_sd, pictures):
-    """A richer caption that says nothing more, under guidance that the student has not."""
-    file = pictures / "metadata.jsonl"
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
-    file.write_text("\n".join(json.dumps(row | {"enhanced_text": row["text"]}) for row in rows))
-    tuning = prepare(asked(tiny_sd, pictures, "teacher.guidance_scale=5.0"))
-    with task_written(tuning):
-        folder = RunFolder.create(tuning.recipe.output_dir, tuning.recipe, {})
-    run, _ = prepared(tuning.recipe)
-    assert run.teachers[0].call.arguments["guidance_scale"] == 5.0 != run.student.call.arguments["guidance_scale"]
-    verdict = check_teacher(run, folder, force=True)
-    assert verdict.with_context == verdict.without_context and not verdict.passed
-
-
             parameter.add_(2.0 if "lora_B" in name else 0.0)
     again = Looks(settings, folder, looks.pictures)
     again.begin(run, is_new=False)
@@ -359,9 +391,24 @@ def test_the_loop_stops_for_the_reason_of_a_look(tiny_sd, pictures, monkeypatch)
 
     loop.distill(tuning.recipe, folder, begin)
     (row,) = rows_of(folder, "look")
-    assert row["update"] == 2 and 0 < row["drift"] < 1
+    assert row["update"] == 2 and 0 < row["drift"] < 1 and row["subject_sharpness"] > 0
     assert "look.max_drift" in rows_of(folder, "stop")[0]["reason"]
     assert folder.latest_checkpoint().name == "checkpoint-2"
+
+
+def test_the_last_update_is_looked_at_whatever_the_interval(tiny_sd, pictures, monkeypatch):
+    monkeypatch.setattr(loop, "save_trajectory", lambda run, folder: None)
+    tuning = prepare(asked(tiny_sd, pictures, "train.max_train_steps=3"))
+    with task_written(tuning):
+        folder = RunFolder.create(tuning.recipe.output_dir, tuning.recipe, {})
+
+    def begin(run, is_new):
+        run.looks = Looks(LookSettings(every=2, num_prompts=2, max_drift=1.0), folder, [pictures / "0.png"])
+        run.looks.begin(run, is_new=is_new)
+
+    loop.distill(tuning.recipe, folder, begin)
+    assert [row["update"] for row in rows_of(folder, "look")] == [2, 3]
+    assert rows_of(folder, "stop")[0]["reason"] == "reached max_train_steps = 3"
 
 
 def test_rows_of_one_size_are_walked_together_whatever_their_order():
@@ -413,18 +460,3 @@ def test_the_command_goes_the_whole_road(tiny_sd, pictures, tmp_path, ip_options
     assert "A picture here and in ordinary fine-tuning" in page
     assert "pictures" not in json.loads((run / "cost.json").read_text())["sft"]  # made latents once a run
     assert "Tuned on pictures" in page and "by image encoder" in page and 'alt="before and now"' in page
-def test_the_last_update_is_looked_at_whatever_the_interval(tiny_sd, pictures, monkeypatch):
-    monkeypatch.setattr(loop, "save_trajectory", lambda run, folder: None)
-    tuning = prepare(asked(tiny_sd, pictures, "train.max_train_steps=3"))
-    with task_written(tuning):
-        folder = RunFolder.create(tuning.recipe.output_dir, tuning.recipe, {})
-
-    def begin(run, is_new):
-        run.looks = Looks(LookSettings(every=2, num_prompts=2, max_drift=1.0), folder, [pictures / "0.png"])
-        run.looks.begin(run, is_new=is_new)
-
-    loop.distill(tuning.recipe, folder, begin)
-    assert [row["update"] for row in rows_of(folder, "look")] == [2, 3]
-    assert rows_of(folder, "stop")[0]["reason"] == "reached max_train_steps = 3"
-
-
