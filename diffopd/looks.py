@@ -147,16 +147,17 @@ def begin_looking(tuning: Tuning, *, force: bool) -> Callable[[Run, bool], None]
 
     def begin(run: Run, is_new: bool) -> None:
         folder = RunFolder(Path(run.recipe.output_dir))
+        features = load_features(check_features(tuning.asked), run.device)
         if is_new and not tuning.asked.is_given:
-            verdict = check_teacher(run, folder, force=force)
+            verdict = check_teacher(run, folder, features, force=force)
             warning = not_step_distilled(verdict, run.recipe.student.num_inference_steps)
             console = Console(stderr=True, quiet=not run.processes.is_main)
             if warning:
                 console.print(f"Warning: {warning}", style="yellow")
             _tell_cost(run, folder, tuning, console)
         if tuning.asked.look.every:
-            run.looks = Looks(tuning.asked.look, folder, [picture.path for picture in tuning.pictures])
-            run.looks.features = load_features(check_features(tuning.asked), run.device)
+            files = [picture.path for picture in tuning.pictures]
+            run.looks = Looks(tuning.asked.look, folder, files, features=features)
             run.looks.begin(run, is_new=is_new)
 
     return begin

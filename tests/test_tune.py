@@ -271,10 +271,9 @@ def test_a_teacher_that_its_context_does_not_help_is_stopped_with_a_grid(run_wit
     judge = teacher_check._judge
     swap = {"without": "with_context", "with_context": "without"}
 
-    def swapped(run, drawn):
-        return judge(
-            run, [teacher_check._Drawn(d.target, **{a: getattr(d, b) for a, b in swap.items()}) for d in drawn]
-        )
+    def swapped(run, drawn, features):
+        sides = [teacher_check._Drawn(d.target, **{a: getattr(d, b) for a, b in swap.items()}) for d in drawn]
+        return judge(run, sides, features)
 
     monkeypatch.setattr(teacher_check, "_judge", swapped)
     other = check_teacher(run, folder, force=True)
