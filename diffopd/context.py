@@ -50,14 +50,14 @@ class ContextSettings(Settings):
     instruction: str | None = None
     ip_adapter: str | None = None
     image_encoder: str | None = None
-    scale: float = Field(default=1.0, gt=0, le=2)
+    scale: float | None = Field(default=None, gt=0, le=2)  # of the IP-Adapter; None is 1
     vision_language: str | None = None
 
     @model_validator(mode="after")
     def _complete(self) -> ContextSettings:
-        of_adapter = {"ip_adapter", "image_encoder", "scale"} & self.model_fields_set
+        of_adapter = [key for key in ("image_encoder", "ip_adapter", "scale") if getattr(self, key) is not None]
         if self.kind != "ip_adapter" and of_adapter:
-            raise ValueError(f'{sorted(of_adapter)[0]} belongs to kind = "ip_adapter". Remove it or change the kind.')
+            raise ValueError(f'{of_adapter[0]} belongs to kind = "ip_adapter". Remove it or change the kind.')
         if self.kind == "ip_adapter" and not (self.ip_adapter and self.image_encoder):
             raise ValueError(
                 'kind = "ip_adapter" needs ip_adapter = "its .safetensors file" and image_encoder = "the folder of its '

@@ -200,6 +200,7 @@ def test_an_error_before_the_run_leaves_nothing_behind(tiny_sd, pictures):
     with pytest.raises(UserError, match="later"), task_written(tuning):
         assert tuning.folder.is_dir()
         raise UserError("later")
+    assert folder.recipe().teachers[0].context.kind == "enhanced_prompt"
     assert not tuning.folder.parent.exists()
 
 
