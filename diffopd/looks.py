@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -148,12 +148,11 @@ def begin_looking(tuning: Tuning, *, force: bool) -> Callable[[Run, bool], None]
     def begin(run: Run, is_new: bool) -> None:
         folder = RunFolder(Path(run.recipe.output_dir))
         features = load_features(check_features(tuning.asked), run.device)
+        console = Console(stderr=True, quiet=not run.processes.is_main)
+        _warn(console, cut_captions(run.student.pipeline, _captions(run)))
         if is_new and not tuning.asked.is_given:
             verdict = check_teacher(run, folder, features, force=force)
-            warning = not_step_distilled(verdict, run.recipe.student.num_inference_steps)
-            console = Console(stderr=True, quiet=not run.processes.is_main)
-            if warning:
-                console.print(f"Warning: {warning}", style="yellow")
+            _warn(console, not_step_distilled(verdict, run.recipe.student.num_inference_steps))
             _tell_cost(run, folder, tuning, console)
         if tuning.asked.look.every:
             files = [picture.path for picture in tuning.pictures]
@@ -161,6 +160,34 @@ def begin_looking(tuning: Tuning, *, force: bool) -> Callable[[Run, bool], None]
             run.looks.begin(run, is_new=is_new)
 
     return begin
+
+
+def _warn(console: Console, warning: str | None) -> None:
+    if warning:
+        console.print(f"Warning: {warning}", style="yellow", markup=False)
+
+
+def _captions(run: Run) -> list[str]:
+    """All that either side is told of the pictures, each once."""
+    contexts = [(teacher.context, teacher.train_rows) for teacher in run.teachers]
+    said = [row.prompt for _, rows in contexts for row in rows]
+    return list(dict.fromkeys([*said, *(prompt for context, rows in contexts for prompt in context.prompts(rows))]))
+
+
+def cut_captions(pipeline: Any, captions: list[str]) -> str | None:
+    """A warning where captions are longer than CLIP reads and no longer reading encoder is there; None where not."""
+    named = [part for name, part in pipeline.components.items() if name.startswith("tokenizer")]
+    tokenizers = [part for part in named if part is not None]
+    if not tokenizers or any(not type(part).__name__.startswith("CLIP") for part in tokenizers):
+        return None
+    most = tokenizers[0].model_max_length
+    long = [caption for caption in captions if len(tokenizers[0](caption).input_ids) > most]
+    if not long:
+        return None
+    return (
+        f"{len(long)} of {len(captions)} captions are longer than the {most} tokens (about {2 * most // 3} words) that "
+        f"this model reads: their ends are not seen. The first is {long[0][:60]!r}... Shorten them."
+    )
 
 
 def _tell_cost(run: Run, folder: RunFolder, tuning: Tuning, console: Console) -> None:

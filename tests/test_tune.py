@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+from types import SimpleNamespace
 
 import contexts
 import pytest
@@ -18,7 +19,7 @@ from diffopd import distill as loop
 from diffopd.data import PromptRow
 from diffopd.drawing import grid, sharpness
 from diffopd.errors import UserError
-from diffopd.looks import Looks, compare, is_collapsed
+from diffopd.looks import Looks, compare, cut_captions, is_collapsed
 from diffopd.preflight import check
 from diffopd.run_folder import RunFolder
 from diffopd.teacher import load_reward
@@ -313,6 +314,16 @@ def test_looks_tell_nearness_drift_mush_and_collapse_apart():
     others = [noise_picture(i) for i in range(4)]
     red, blue = Image.new("RGB", (16, 16), "red"), Image.new("RGB", (16, 16), "blue")
     before = {"subject": [blue, blue], "unrelated": others}
+def test_captions_that_the_model_does_not_read_to_their_end_are_named(run_with_teacher):
+    """CLIP's tokenizer here has 24 places, one a letter."""
+    pipeline = run_with_teacher[0].student.pipeline
+    assert cut_captions(pipeline, ["a dot", "a red dot"]) is None
+    told = cut_captions(pipeline, ["a dot", "a dot that is by far too large"])
+    assert "1 of 2 captions are longer than the 24 tokens" in told and "'a dot that is by far too large'" in told
+    reads_on = SimpleNamespace(components={**pipeline.components, "tokenizer_2": SimpleNamespace()})
+    assert cut_captions(reads_on, ["a dot that is by far too large"]) is None
+
+
     same = compare(before, before, [red])
     assert same["drift"] == 0 and same["distance"] == same["distance_before"] > 0.5
     assert same["sharpness"] == same["diversity"] == 1 and not is_collapsed(same)
