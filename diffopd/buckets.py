@@ -22,7 +22,8 @@ def native_resolution(base: Blueprint) -> int:
 
 def autoencoder_factor(base: Blueprint) -> int:
     """Pixels a side of one latent."""
-    levels = base.configs.get("vae", {}).get("block_out_channels")
+    config = base.configs.get("vae", {})
+    levels = config.get("block_out_channels") or config.get("encoder_block_out_channels")  # the latter: AutoencoderDC
     return 2 ** (len(levels) - 1) if levels else 8
 
 

@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 
 Kind = Literal["reference_image", "ip_adapter", "image_prompt", "enhanced_prompt"]
 KEEP_THE_SUBJECT = "Keep the subject, the background and the composition of the reference image."
+OR_CAPTIONS = (
+    'Or do without a picture: kind = "enhanced_prompt", with a richer caption of each ("enhanced_text" in '
+    "metadata.jsonl)."
+)
 # Pipeline class -> how it sees a picture in its own call.
 SEES: dict[str, Kind] = {
     "Flux2KleinPipeline": "reference_image",
@@ -46,28 +50,28 @@ class ContextSettings(Settings):
     instruction: str | None = None
     ip_adapter: str | None = None
     image_encoder: str | None = None
-    scale: float = Field(default=1.0, gt=0, le=2)
+    scale: float | None = Field(default=None, gt=0, le=2)  # of the IP-Adapter; None is 1
     vision_language: str | None = None
 
     @model_validator(mode="after")
     def _complete(self) -> ContextSettings:
-        of_adapter = {"ip_adapter", "image_encoder", "scale"} & self.model_fields_set
+        of_adapter = [key for key in ("image_encoder", "ip_adapter", "scale") if getattr(self, key) is not None]
         if self.kind != "ip_adapter" and of_adapter:
-            raise ValueError(f'{sorted(of_adapter)[0]} belongs to kind = "ip_adapter". Remove it or change the kind.')
+            raise ValueError(f'{of_adapter[0]} belongs to kind = "ip_adapter". Remove it or change the kind.')
         if self.kind == "ip_adapter" and not (self.ip_adapter and self.image_encoder):
             raise ValueError(
                 'kind = "ip_adapter" needs ip_adapter = "its .safetensors file" and image_encoder = "the folder of its '
                 'CLIP image encoder" (local or a hub id). For SD 1.5: ip_adapter = '
                 '"h94/IP-Adapter/models/ip-adapter_sd15.safetensors", image_encoder = '
                 '"h94/IP-Adapter/models/image_encoder"; for SDXL: "h94/IP-Adapter/sdxl_models/'
-                'ip-adapter_sdxl_vit-h.safetensors" with the same image encoder.'
+                f'ip-adapter_sdxl_vit-h.safetensors" with the same image encoder. {OR_CAPTIONS}'
             )
         if self.kind != "image_prompt" and self.vision_language is not None:
             raise ValueError('vision_language belongs to kind = "image_prompt". Remove it or change the kind.')
         if self.kind == "image_prompt" and not self.vision_language:
             raise ValueError(
                 'kind = "image_prompt" needs vision_language = "a Qwen3-VL", a folder or hub id, as large as the text '
-                'encoder. For Z-Image: "Qwen/Qwen3-VL-4B-Instruct".'
+                f'encoder. For Z-Image: "Qwen/Qwen3-VL-4B-Instruct". {OR_CAPTIONS}'
             )
         if self.kind != "reference_image" and self.instruction is not None:
             raise ValueError('instruction belongs to kind = "reference_image". Remove it or change the kind.')

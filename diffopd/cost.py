@@ -28,8 +28,8 @@ Stages = dict[str, float]
 def measure_cost(run: Run, folder: RunFolder, guidance_scale: float, num_levels: int) -> dict[str, Stages]:
     """Seconds per picture and stage of the run's own updates ("own") and of fine-tuning ("sft"); written to cost.json.
 
-    guidance_scale, num_levels: of fine-tuning. The first pictures of the run, forward and backward; what is done once
-    an update (the optimizer) costs both the same and is left out.
+    guidance_scale, num_levels: of fine-tuning. The first pictures of the run, forward and backward. Left out is what is
+    done once an update (the optimizer), which costs both the same, and once a run (pictures made latents).
     """
     given = _given(run, guidance_scale, num_levels)
     settings = ObjectiveSettings(name="velocity", states="data", query={"random": 1})
@@ -69,4 +69,4 @@ def _seconds(run: Run, teacher: Teacher) -> Stages:
         )
     for parameter in run.student.parameters.values():
         parameter.grad = None
-    return {stage: seconds / len(rows) for stage, seconds in watch.seconds.items()}
+    return {stage: seconds / len(rows) for stage, seconds in watch.seconds.items() if stage != "pictures"}

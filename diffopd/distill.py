@@ -55,6 +55,7 @@ class Run:
     walks: dict[tuple[Size | None, str | None], Survey] = field(default_factory=dict)
     looks: Looks | None = None
     fold: Fold | None = None
+    latents: dict[tuple[str, Size | None], Tensor] = field(default_factory=dict)
 
     def walk_at(self, size: Size | None, teacher: Teacher | None = None) -> Survey:
         """The student's walk over pictures of (width, height), as deployed or as a teacher has it (`side`).
@@ -285,7 +286,7 @@ def walk_rows(
     pictures = None
     if teacher.is_given or recipe.objective.states == "data":
         with watch("pictures"):
-            encoded = encode_pictures(run.student.pipeline, rows)
+            encoded = _encoded(run, teacher, rows)
         latents = noised(encoded, latents, walk.place)
         pictures = as_states(run.student.pipeline, encoded)
         options["data_states"] = lambda visit: noised(pictures, drawn(visit.index + 1), next_place(visit))
@@ -303,6 +304,17 @@ def walk_rows(
         )
     except NonFiniteLoss as error:
         raise _non_finite(error, teacher.name, update) from error
+
+
+def _encoded(run: Run, teacher: Teacher, rows: list[PromptRow]) -> Tensor:
+    """Latents (B, ...) of the rows' pictures; of pictures that teach, which are few, they are made once a run."""
+    if not teacher.is_given:
+        return encode_pictures(run.student.pipeline, rows)
+    keys = [(row.metadata["file_name"], row.bucket) for row in rows]
+    for key, row in zip(keys, rows, strict=True):
+        if key not in run.latents:
+            run.latents[key] = encode_pictures(run.student.pipeline, [row])
+    return torch.cat([run.latents[key] for key in keys])
 
 
 def loss_without_training(run: Run, teacher: Teacher, rows: list[PromptRow], *, update: int, slot: int) -> float:

@@ -82,7 +82,7 @@ def _refuse_unfit(image: Image.Image, path: Path) -> None:
     width, height = image.size
     if width * height > LARGEST:
         raise BadPicture(_too_large(f"{width} x {height} pixels"))
-    if getattr(image, "n_frames", 1) > 1:
+    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # a camera's JPEG, with a preview or depths behind
         raise BadPicture(f"is animated ({image.n_frames} frames). Save the frame you want as a still picture.")
     if image.mode == "CMYK":
         raise BadPicture("is CMYK, whose colours depend on a printer's profile. Convert it to sRGB.")

@@ -125,7 +125,7 @@ def _load(pipeline: Any, settings: ContextSettings, place: str) -> None:
             f"{place}: the IP-Adapter {weights} does not fit the base's {type(unet).__name__}: {_line(error)}. Take "
             "one that was made for this base."
         ) from error
-    pipeline.set_ip_adapter_scale(settings.scale)
+    pipeline.set_ip_adapter_scale(1.0 if settings.scale is None else settings.scale)
     added = [p for p in unet.attn_processors.values() if isinstance(p, nn.Module)]
     for module in (encoder, unet.encoder_hid_proj, *added):
         module.requires_grad_(False).eval()

@@ -14,8 +14,8 @@ from typing import Any
 from diffopd.errors import UserError, suggestion
 from diffopd.image_file import BadPicture, examine
 
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-UNREADABLE = (".heic", ".heif", ".avif", ".svg", ".psd", ".raw", ".cr2", ".nef", ".dng", ".jxl")
+PICTURES = (".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+UNREADABLE = (".heic", ".heif", ".avif", ".svg", ".psd", ".raw", ".cr2", ".nef", ".dng", ".jxl", ".jp2", ".tga")
 METADATA = "metadata.jsonl"
 OTHER_METADATA = ("metadata.csv", "metadata.parquet")
 COLUMNS = {"file_name": "the picture", "text": "its caption", "enhanced_text": "optional: a richer caption"}
@@ -80,7 +80,7 @@ def _named(where: Path, instance_prompt: str | None, mistakes: list[str]) -> lis
         )
     _refuse_other_layouts(where)
     metadata = where / METADATA
-    files = [path for path in sorted(where.iterdir()) if path.suffix.lower() in PICTURES]
+    files = [path for path in sorted(where.iterdir()) if _is_picture(path)]
     captions = [path for path in sorted(where.glob("*.txt")) if not path.name.startswith(".")]
     if instance_prompt is not None:
         _refuse_two_captions(metadata if metadata.is_file() else captions[0] if captions else None, instance_prompt)
@@ -108,11 +108,16 @@ def _refuse_other_layouts(folder: Path) -> None:
             raise UserError(f'{path}: is not read. Write {METADATA}: {{"file_name": "a.png", "text": "..."}} a line.')
         if path.suffix.lower() in UNREADABLE and not path.name.startswith("."):
             raise UserError(f"{path}: {path.suffix} pictures are not read. Save it as PNG, JPEG or WebP.")
-    if any(path.suffix.lower() in PICTURES for path in folder.iterdir()) or (folder / METADATA).is_file():
+    if any(map(_is_picture, folder.iterdir())) or (folder / METADATA).is_file():
         return
-    inside = sorted({str(p.parent) for p in folder.glob("*/*") if p.suffix.lower() in PICTURES})
+    inside = sorted({str(p.parent) for p in folder.glob("*/*") if _is_picture(p)})
     hint = f" Pictures are in {', '.join(inside[:3])}: give that folder, or list them in {METADATA}." if inside else ""
     raise UserError(f"{folder}: holds no pictures ({', '.join(PICTURES)}).{hint}")
+
+
+def _is_picture(path: Path) -> bool:
+    """Hidden files are none: some systems lay "._a.jpg" beside every a.jpg."""
+    return path.suffix.lower() in PICTURES and not path.name.startswith(".")
 
 
 def _with_text_files(files: list[Path], captions: list[Path], mistakes: list[str]) -> list[_Named]:
@@ -187,10 +192,16 @@ def _row(line: str) -> dict[str, Any]:
 
 def _path_of(name: str, folder: Path, *, fenced: bool) -> Path:
     """Raises ValueError for a file that is not there or, where fenced, outside the folder."""
-    path = (folder / name).resolve()
+    try:
+        path = (folder / name).resolve()
+        is_there = path.is_file()
+    except (OSError, RuntimeError, ValueError) as error:  # too long, a circle of links, a null byte
+        raise ValueError(
+            f"{name[:80]!r} is no file name ({str(error)[:80]}). Correct it or remove the line."
+        ) from error
     if fenced and not path.is_relative_to(folder.resolve()):
         raise ValueError(f"{name} lies outside the folder. Copy it in, or give the .jsonl file itself as --images.")
-    if not path.is_file():
+    if not is_there:
         raise ValueError(f"there is no picture {path}. Correct the name or remove the line.")
     return path
 

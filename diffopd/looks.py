@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from PIL import Image
 from rich.console import Console
 
 from diffopd.blueprint import read_blueprint
-from diffopd.closeness import distance
+from diffopd.closeness import distance, nearest, thumbnail
 from diffopd.cost import measure_cost, told
 from diffopd.data import read_prompts
 from diffopd.data_states import can_encode, cannot_encode
@@ -83,7 +84,7 @@ class Looks:
     def look(self, run: Run, update: int) -> dict[str, float]:
         """Numbers of this moment; also writes looks/NUMBER.png, the model as it began beside what it is now."""
         now = {what: self._draw(run, prompts) for what, prompts in self._prompts(run).items()}
-        pictures = [picture(file) for file in self.pictures]
+        pictures = [picture(file, now["subject"][0].size) for file in self.pictures]
         values = compare(self._before, now, pictures)
         for suffix, drawn in (("", now), ("_before", self._before)):
             found = self._in_features(run, drawn["subject"], pictures)
@@ -131,8 +132,9 @@ class Looks:
         if self.settings.stop_on_collapse and is_collapsed(values):
             return (
                 f"collapse: diversity {values['diversity']:.2f} and sharpness {values['sharpness']:.2f} of what they "
-                "were. Lower learning_rate, or let the teacher follow more slowly (teacher.ema_decay nearer to 1, "
-                'teacher.weights = "frozen")'
+                f"were on unrelated prompts; on those of the subject {values['subject_diversity']:.2f} and "
+                f"{values['subject_sharpness']:.2f} of what they were or the pictures have. Lower learning_rate, or "
+                'let the teacher follow more slowly (teacher.ema_decay nearer to 1, teacher.weights = "frozen")'
             )
         limit = self.settings.max_drift
         if limit is not None and values["drift"] > limit:
@@ -145,19 +147,47 @@ def begin_looking(tuning: Tuning, *, force: bool) -> Callable[[Run, bool], None]
 
     def begin(run: Run, is_new: bool) -> None:
         folder = RunFolder(Path(run.recipe.output_dir))
+        features = load_features(check_features(tuning.asked), run.device)
+        console = Console(stderr=True, quiet=not run.processes.is_main)
+        _warn(console, cut_captions(run.student.pipeline, _captions(run)))
         if is_new and not tuning.asked.is_given:
-            verdict = check_teacher(run, folder, force=force)
-            warning = not_step_distilled(verdict, run.recipe.student.num_inference_steps)
-            console = Console(stderr=True, quiet=not run.processes.is_main)
-            if warning:
-                console.print(f"Warning: {warning}", style="yellow")
+            verdict = check_teacher(run, folder, features, force=force)
+            _warn(console, not_step_distilled(verdict, run.recipe.student.num_inference_steps))
             _tell_cost(run, folder, tuning, console)
         if tuning.asked.look.every:
-            run.looks = Looks(tuning.asked.look, folder, [picture.path for picture in tuning.pictures])
-            run.looks.features = load_features(check_features(tuning.asked), run.device)
+            files = [picture.path for picture in tuning.pictures]
+            run.looks = Looks(tuning.asked.look, folder, files, features=features)
             run.looks.begin(run, is_new=is_new)
 
     return begin
+
+
+def _warn(console: Console, warning: str | None) -> None:
+    if warning:
+        console.print(f"Warning: {warning}", style="yellow", markup=False)
+
+
+def _captions(run: Run) -> list[str]:
+    """All that either side is told of the pictures, each once."""
+    contexts = [(teacher.context, teacher.train_rows) for teacher in run.teachers]
+    said = [row.prompt for _, rows in contexts for row in rows]
+    return list(dict.fromkeys([*said, *(prompt for context, rows in contexts for prompt in context.prompts(rows))]))
+
+
+def cut_captions(pipeline: Any, captions: list[str]) -> str | None:
+    """A warning where captions are longer than CLIP reads and no longer reading encoder is there; None where not."""
+    named = [part for name, part in pipeline.components.items() if name.startswith("tokenizer")]
+    tokenizers = [part for part in named if part is not None]
+    if not tokenizers or any(not type(part).__name__.startswith("CLIP") for part in tokenizers):
+        return None
+    most = tokenizers[0].model_max_length
+    long = [caption for caption in captions if len(tokenizers[0](caption).input_ids) > most]
+    if not long:
+        return None
+    return (
+        f"{len(long)} of {len(captions)} captions are longer than the {most} tokens (about {2 * most // 3} words) that "
+        f"this model reads: their ends are not seen. The first is {long[0][:60]!r}... Shorten them."
+    )
 
 
 def _tell_cost(run: Run, folder: RunFolder, tuning: Tuning, console: Console) -> None:
@@ -176,22 +206,37 @@ def compare(
     """Drawings of "subject" and "unrelated" prompts now and before, pairwise from the same noise.
 
     distance, distance_before: of subject drawings to the nearest picture; drift: of unrelated drawings to those before;
-    sharpness, diversity: of the unrelated drawings, as a share of what they were.
+    sharpness, diversity: of the unrelated drawings, as a share of what they were; subject_sharpness, subject_diversity:
+    of the subject drawings, which may go from what they were to what the pictures have: as a share of the nearer of
+    the two, 1 between them.
     """
-
-    def nearest(images: list[Image.Image]) -> float:
-        return mean([min(distance(image, picture) for picture in pictures) for image in images])
-
-    others, others_before = now["unrelated"], before["unrelated"]
+    subject, others, others_before = now["subject"], now["unrelated"], before["unrelated"]
+    wanted = np.stack([thumbnail(picture) for picture in pictures])
+    ends = before["subject"], pictures
     return {
-        "distance": nearest(now["subject"]),
-        "distance_before": nearest(before["subject"]),
+        "distance": mean(nearest(subject, wanted)),
+        "distance_before": mean(nearest(before["subject"], wanted)),
         "drift": mean([distance(a, b) for a, b in zip(others, others_before, strict=True)]),
-        "sharpness": mean([*map(sharpness, others)]) / max(mean([*map(sharpness, others_before)]), 1e-6),
-        "diversity": diversity(others) / max(diversity(others_before), 1e-6),
+        "sharpness": _share(_sharpness(others), _sharpness(others_before)),
+        "diversity": _share(diversity(others), diversity(others_before)),
+        "subject_sharpness": _share(_sharpness(subject), *map(_sharpness, ends)),
+        "subject_diversity": _share(diversity(subject), *map(diversity, ends)),
     }
 
 
 def is_collapsed(values: dict[str, float]) -> bool:
     """Whether the model draws much the same for all prompts, or drawings are mush or stripes."""
-    return values["diversity"] < LEAST_DIVERSITY or not LEAST_SHARPNESS <= values["sharpness"] <= MOST_SHARPNESS
+    return any(
+        values[f"{of}diversity"] < LEAST_DIVERSITY or not LEAST_SHARPNESS <= values[f"{of}sharpness"] <= MOST_SHARPNESS
+        for of in ("", "subject_")
+    )
+
+
+def _sharpness(images: list[Image.Image]) -> float:
+    return mean([sharpness(image) for image in images])
+
+
+def _share(value: float, *ends: float) -> float:
+    """A value as a share of the nearest end, 1 between them."""
+    low, high = min(ends), max(ends)
+    return 1.0 if low <= value <= high else value / max(low if value < low else high, 1e-6)

@@ -73,10 +73,13 @@ def run_updates(
             log.update(losses, trained.optimizer.param_groups[0]["lr"], watch)
             if train.validate_every and progress.update % train.validate_every == 0:
                 log.validation(validate(run, trained))
-            if run.looks and progress.update % run.looks.every == 0:
-                with averaged(trained):
-                    log.look(run.looks.look(run, progress.update))
+            is_looked_at = bool(run.looks) and progress.update % run.looks.every == 0
+            if is_looked_at:
+                _look(run, trained, log)
             reason = INTERRUPTED if run.processes.agree(interrupt.asked) else _finished(run, progress)
+            if run.looks and not is_looked_at and reason not in (None, INTERRUPTED):  # at what is deployed
+                _look(run, trained, log)
+                reason = run.looks.reason or reason
             if reason is None and progress.update % train.checkpointing_steps == 0:
                 _save(run, trained, folder)
         _save(run, trained, folder)
@@ -108,6 +111,11 @@ def _finished(run: Runnable, progress: Progress) -> str | None:
     if run.processes.agree(tired):
         return f"the held-out loss has not fallen for {train.patience} checks"
     return None
+
+
+def _look(run: Runnable, trained: Trained, log: TrainingLog) -> None:
+    with averaged(trained):
+        log.look(run.looks.look(run, trained.progress.update))
 
 
 def _save(run: Runnable, trained: Trained, folder: RunFolder) -> None:

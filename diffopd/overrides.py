@@ -26,7 +26,7 @@ def parse_override(option: str) -> tuple[list[str], Any]:
             return parts, text.strip()
         raise UserError(
             f"--set {option}: the value {text!r} is not TOML. Allowed are numbers, true, false, [lists], "
-            "{key = value} tables and strings; quote a string that is more than one word."
+            f"{{key = value}} tables and strings; several words need two quotes: --set '{name}=\"two words\"'."
         ) from error
 
 

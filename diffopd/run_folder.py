@@ -35,7 +35,8 @@ FREE_TO_CHANGE = {
     "train.report_to",
     "train.attention_backend",
 }
-PREPARED = {"task"}  # what may lie in the folder before its run: a task made from pictures
+# What may lie in the folder before its run: a task made from pictures, and what is found out before the first update.
+PREPARED = {"task", "teacher-check.png", "teacher-check.json", "cost.json"}
 BEGUN = ("recipe.toml", "recipe.json")
 SCHEDULE = {"train.max_train_steps", "train.max_train_seconds"}  # a cosine falls towards them: fixed under it
 
@@ -70,8 +71,7 @@ class RunFolder:
         weights or prompts, a run of another number of processes.
         """
         folder = cls.at(path)
-        is_begun = (folder.path / "recipe.json").is_file()
-        if is_begun and not _is_free(folder.path, *BEGUN):  # else it was stopped before it had trained anything
+        if has_begun(folder.path):
             folder._refuse_another_run(recipe, hashes, processes)
         return folder
 
@@ -209,6 +209,11 @@ def _json(text: str, place: str, remedy: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"{place}: is not valid JSON ({error.msg}). {remedy}.") from error
+
+
+def has_begun(path: Path) -> bool:
+    """Whether a folder holds a run that was not stopped before its first update."""
+    return (path / "recipe.json").is_file() and not _is_free(path, *BEGUN)
 
 
 def _is_free(path: Path, *besides: str) -> bool:

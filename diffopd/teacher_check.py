@@ -7,7 +7,8 @@ ten updates. Measured by distance, shown as a grid.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,6 +18,7 @@ from diffopd.closeness import distance
 from diffopd.data import PromptRow
 from diffopd.drawing import draw, embeddings, grid, mean, sharpness
 from diffopd.errors import UserError
+from diffopd.features import Features
 from diffopd.image_file import picture
 from diffopd.run_folder import RunFolder
 
@@ -27,14 +29,16 @@ ROWS = 8
 MORE_STEPS = 4  # times the student's own
 FEW_STEP_SHARPNESS = 0.7  # of its own pictures in more steps: below, a model is hardly made for so few
 GRID = "teacher-check.png"
+NO_FEATURES = Features()
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """Mean distances of drawings to their pictures. measure: "image encoder" (1 - cosine) or "pixels" (thumbnails).
+    """Mean distances of drawings to their pictures.
 
-    closer: share of the pictures that the context brings nearer. few_step_sharpness: the student's at its own steps as
-    a share of that in four times as many, None where its call fixes the grid.
+    measure: 1 - cosine in "DINO" or the IP-Adapter's "image encoder", or "pixels" (thumbnails). closer: share of the
+    pictures that the context brings nearer. few_step_sharpness: the student's at its own steps as a share of that in
+    four times as many, None where its call fixes the grid.
     """
 
     measure: str
@@ -58,8 +62,10 @@ class _Drawn:
     with_context: Image.Image
 
 
-def check_teacher(run: Run, folder: RunFolder, *, force: bool = False) -> Verdict:
-    """Draw up to eight training pictures with and without the context; write teacher-check.png and .json.
+def check_teacher(run: Run, folder: RunFolder, features: Features = NO_FEATURES, *, force: bool = False) -> Verdict:
+    """Draw up to eight training pictures with and without the context, all else as the teacher is called.
+
+    Writes teacher-check.png and .json.
 
     Raises UserError with the numbers and the grid where the context does not help, unless forced.
     """
@@ -68,7 +74,7 @@ def check_teacher(run: Run, folder: RunFolder, *, force: bool = False) -> Verdic
     teacher, drawn = run.teachers[0], []
     for numbers, rows in batches_of(run, teacher, list(enumerate(teacher.train_rows[:ROWS]))):
         drawn += _draw_both(run, rows, numbers)
-    verdict = _judge(run, drawn)
+    verdict = _judge(run, drawn, features)
     if run.processes.is_main:
         page = grid([(d.target, d.without, d.with_context) for d in drawn], ["picture", "text", "context"])
         page.save(folder.path / GRID)
@@ -97,23 +103,25 @@ def not_step_distilled(verdict: Verdict, num_inference_steps: int) -> str | None
 
 def _draw_both(run: Run, rows: list[PromptRow], numbers: list[int]) -> list[_Drawn]:
     teacher, size = run.teachers[0], rows[0].bucket
-    without = draw(run, run.student.call, [row.prompt for row in rows], numbers, size)
-    seeing = teacher.call.told(num_inference_steps=run.recipe.student.num_inference_steps)
-    seeing = seeing.told(**teacher.context.arguments(rows))
+    told = teacher.call.told(num_inference_steps=run.recipe.student.num_inference_steps)
+    blind = replace(run.student.call, arguments=told.arguments)  # its guidance as well: the context alone differs
+    without = draw(run, blind, [row.prompt for row in rows], numbers, size)
+    seeing = told.told(**teacher.context.arguments(rows))
     richer = draw(run, seeing, teacher.context.prompts(rows), numbers, size)
     targets = [picture(row.metadata["file_name"], image.size) for row, image in zip(rows, richer, strict=True)]
     return [_Drawn(*three) for three in zip(targets, without, richer, strict=True)]
 
 
-def _judge(run: Run, drawn: list[_Drawn]) -> Verdict:
+def _judge(run: Run, drawn: list[_Drawn], features: Features) -> Verdict:
+    """By DINO where it is there: an IP-Adapter's own encoder is what the teacher was told the pictures by."""
     pixels = {side: [distance(getattr(d, side), d.target) for d in drawn] for side in ("without", "with_context")}
     measure, used = "pixels", pixels
-    pipeline = run.teachers[0].call.pipeline
-    targets = embeddings(pipeline, [d.target for d in drawn])
+    embed = features.of_dino if features.dino else partial(embeddings, run.teachers[0].call.pipeline)
+    targets = embed([d.target for d in drawn])
     if targets is not None:
-        measure, used = "image encoder", {}
+        measure, used = "DINO" if features.dino else "image encoder", {}
         for side in pixels:
-            seen = embeddings(pipeline, [getattr(d, side) for d in drawn])
+            seen = embed([getattr(d, side) for d in drawn])
             used[side] = [float(value) for value in 1.0 - (seen * targets).sum(1)]
     nearer = np.asarray(used["with_context"]) < np.asarray(used["without"])
     return Verdict(

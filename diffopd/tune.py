@@ -24,6 +24,7 @@ from diffopd.data import read_prompts
 from diffopd.errors import UserError
 from diffopd.images import Picture, read_pictures
 from diffopd.recipe import Recipe, from_resolved
+from diffopd.run_folder import has_begun
 from diffopd.tune_recipe import TuneRecipe
 
 TASK = "task"  # the folder inside a run's that holds its task
@@ -66,6 +67,7 @@ def prepare(asked: TuneRecipe, task_folder: Path | None = None, *, shipped: bool
     except UserError as error:
         raise UserError(f"{asked.place('student', 'pretrained_model_name_or_path')}: {error}") from error
     pictures = read_pictures(asked.images.folder, asked.images.instance_prompt)
+    asked = _with_guidance(asked, base)
     context = None
     if not asked.is_given:
         context = asked.context_for(base.pipeline_class, is_enhanced=all(p.enhanced for p in pictures))
@@ -84,7 +86,7 @@ def write_task(tuning: Tuning) -> bool:
     before = {file: path.read_text(encoding="utf-8") for file in tuning.task if (path := folder / file).is_file()}
     if before == tuning.task:
         return False
-    if (folder.parent / "recipe.json").is_file():
+    if has_begun(folder.parent):
         changed = next(file for file in tuning.task if before.get(file) != tuning.task[file])
         raise UserError(
             f"output_dir {folder.parent} holds a run that began with other pictures, captions or teacher "
@@ -139,8 +141,16 @@ def facts(tuning: Tuning) -> list[tuple[str, str]]:
         ("pictures", f"{len(pictures)} from {asked.images.folder}"),
         ("sizes", "; ".join([shapes, *notes])),
         ("method", MANNERS[asked.method]),
+        *([("watched", _watched(asked))] if asked.look.every else []),
         *(_given_facts(tuning) if asked.is_given else _teacher_facts(tuning)),
     ]
+
+
+def _watched(asked: TuneRecipe) -> str:
+    every = f"every {asked.look.every} updates and at the end, {asked.look.num_prompts} drawings of"
+    if asked.images.held_out:
+        return f"{every} prompts in {asked.images.held_out}"
+    return f"{every} the pictures' own captions, which shows fitting only; images.held_out = FILE names new scenes"
 
 
 def _teacher_facts(tuning: Tuning) -> list[tuple[str, str]]:
@@ -246,6 +256,14 @@ def _own_loss(asked: TuneRecipe, base: Blueprint) -> str:
     scheduler = make_scheduler(asked, base)
     is_noise = path_name(scheduler) == "vp" and scheduler.config.get("prediction_type", "epsilon") == "epsilon"
     return "noise" if is_noise else "velocity"
+
+
+def _with_guidance(asked: TuneRecipe, base: Blueprint) -> TuneRecipe:
+    """Where no guidance is asked for, none: at the default of 1, Z-Image is guided."""
+    if "guidance_scale" in asked.student.model_fields_set:
+        return asked
+    student = asked.student.model_copy(update={"guidance_scale": unguided(asked, base)})
+    return asked.model_copy(update={"student": student})
 
 
 def unguided(asked: TuneRecipe, base: Blueprint) -> float:

@@ -1,9 +1,11 @@
 """Aspect buckets: whole multiples, about one area, nearest shape."""
 
+from dataclasses import replace
+
 import pytest
 
 from diffopd.blueprint import read_blueprint
-from diffopd.buckets import bucket_sizes, bucket_step, native_resolution, nearest_bucket
+from diffopd.buckets import autoencoder_factor, bucket_sizes, bucket_step, native_resolution, nearest_bucket
 
 
 @pytest.mark.parametrize(("resolution", "step"), [(512, 64), (1024, 16), (16, 4), (48, 16), (1000, 64)])
@@ -29,5 +31,7 @@ def test_a_picture_goes_to_the_bucket_of_its_shape():
 def test_sizes_come_from_the_pipelines_configs(tiny_sd):
     base = read_blueprint(str(tiny_sd))
     assert (native_resolution(base), bucket_step(base)) == (16, 8)
+    deep = replace(read_blueprint(str(tiny_sd)), configs={"vae": {"encoder_block_out_channels": [8] * 6}})
+    assert autoencoder_factor(deep) == 32  # as Sana's
     shipped = read_blueprint("emoji")
     assert native_resolution(shipped) == 48

@@ -234,6 +234,21 @@ def test_settings_that_say_nothing_to_each_other_are_refused(settings, reason):
         ContextSettings(**settings)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"kind": "enhanced_prompt"},
+        {"kind": "reference_image", "instruction": "Keep it."},
+        {"kind": "ip_adapter", "ip_adapter": "a", "image_encoder": "b"},
+        {"kind": "image_prompt", "vision_language": "a"},
+    ],
+)
+def test_a_context_is_read_again_as_a_run_folder_stores_it(settings):
+    """With every key, those that were not given too."""
+    context = ContextSettings(**settings)
+    assert ContextSettings(**context.model_dump(mode="json")) == context
+
+
 @pytest.mark.parametrize("broken", ["missing", "pickle", "foreign", "misfit"])
 def test_an_ip_adapter_that_cannot_be_used_is_refused(adapter, rows, tmp_path, broken):
     from safetensors.torch import load_file, save_file

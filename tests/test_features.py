@@ -21,6 +21,7 @@ from diffopd.errors import UserError
 from diffopd.features import check_features, kid, load_features, nearest_cosine
 from diffopd.looks import Looks
 from diffopd.run_folder import RunFolder
+from diffopd.teacher_check import check_teacher
 from diffopd.tune import prepare, write_task
 
 LAYERS = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -120,12 +121,20 @@ def test_looks_measure_in_every_space_that_is_there_now_and_before(run, networks
     assert moved["dino"] != full["dino"] and moved["dino_before"] == full["dino_before"]
 
 
+def test_the_teacher_is_judged_by_dino_where_it_is_there(run, networks):
+    run, folder, _ = run
+    own = check_teacher(run, folder, force=True)
+    by_dino = check_teacher(run, folder, load_features({"dino": networks["dino"]}, "cpu"), force=True)
+    assert (own.measure, by_dino.measure) == ("image encoder", "DINO")
+    assert by_dino.pixels_with_context == own.pixels_with_context and by_dino.with_context != own.with_context
+
+
 def test_the_cost_is_timed_without_a_trace(run):
     run, folder, _ = run
     before = {name: parameter.detach().clone() for name, parameter in run.student.parameters.items()}
     found = measure_cost(run, folder, 1.0, 10)
     assert {"teacher", "student", "backward"} <= set(found["own"])
-    assert {"pictures", "passing", "student", "backward"} <= set(found["sft"])
+    assert {"passing", "student", "backward"} <= set(found["sft"]) and "pictures" not in found["sft"]
     assert all(value >= 0 for side in found.values() for value in side.values())
     assert all(parameter.grad is None for parameter in run.student.parameters.values())
     assert all(torch.equal(before[name], parameter) for name, parameter in run.student.parameters.items())

@@ -220,6 +220,8 @@ def test_pictures_that_show_the_same_are_refused_also_in_another_format(folder):
         ({"file_name": "../outside.png", "text": "a"}, "outside the folder"),
         ({"file_name": "none.png", "text": "a"}, "there is no picture"),
         ({"file_name": "blue.png", "text": "a"}, "is named in"),
+        ({"file_name": "a" * 3000, "text": "a"}, "is no file name (["),
+        ({"file_name": "a\0.png", "text": "a"}, "is no file name (embedded null byte)"),
         (["red.png", "a"], "needs a JSON object"),
         ("{broken", "not valid JSON"),
         ("", "not valid JSON"),
@@ -259,6 +261,19 @@ def test_two_sources_of_captions_are_refused(folder, listed, tmp_path):
     assert "Keep one of the two" in refusal(listed, instance_prompt="sks")
     (listed / "metadata.jsonl").unlink()
     assert "Keep one of the two" in refusal(listed, instance_prompt="sks")
+
+
+def test_what_phones_and_other_systems_write_is_read(folder):
+    """A camera's JPEG with a second frame behind it is its first; hidden companions of files are not looked at."""
+    first, behind = (Image.new("RGB", (24, 16), color) for color in ("green", "grey"))
+    first.save(folder / "phone.jpg", "MPO", save_all=True, append_images=[behind], quality=95)
+    (folder / "phone.txt").write_text("a meadow")
+    draw(folder / "web.jfif", "yellow", format="JPEG")
+    (folder / "web.txt").write_text("a canary")
+    (folder / "._red.png").write_bytes(b"\0\5\x16\7")
+    assert [p.path.name for p in read_pictures(folder)] == ["blue.png", "phone.jpg", "red.png", "web.jfif"]
+    shown = picture(folder / "phone.jpg").getpixel((5, 5))
+    assert shown[1] > 100 > 20 > max(shown[0], shown[2])
 
 
 def test_one_picture_is_too_few(folder):

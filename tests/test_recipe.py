@@ -146,7 +146,7 @@ def test_learning_rates_are_finite_positive_numbers(recipe_file, value):
         ("teachers.2.weight=1", "no item"),
         ("teachers.stile.weight=1", 'Did you mean "style"?'),
         ("nonsense", "section.key=value"),
-        ("train.batch_size=a b", "not TOML"),
+        ("train.batch_size=a b", "two quotes: --set 'train.batch_size=\"two words\"'"),
         ("teachers=[]", "at least 1 and has 0"),
         ("objectiv.name=kl", 'Did you mean "objective"?'),
     ],

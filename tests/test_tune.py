@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+from types import SimpleNamespace
 
 import contexts
 import pytest
@@ -13,13 +14,15 @@ from safetensors.torch import load_file
 from test_cli import command as run_cli
 from test_distill import assert_same_state, rows_of, state_of
 
+from diffopd import closeness
 from diffopd import distill as loop
 from diffopd.data import PromptRow
 from diffopd.drawing import grid, sharpness
 from diffopd.errors import UserError
-from diffopd.looks import Looks, compare, is_collapsed
+from diffopd.looks import Looks, compare, cut_captions, is_collapsed
 from diffopd.preflight import check
 from diffopd.run_folder import RunFolder
+from diffopd.teacher import load_reward
 from diffopd.teacher_check import Verdict, check_teacher, not_step_distilled
 from diffopd.tune import facts, prepare, task_written, write_task
 from diffopd.tune_recipe import LookSettings, read_tune_recipe
@@ -121,7 +124,7 @@ def test_the_context_falls_to_the_second_caption_or_is_explained(tiny_sd, pictur
     lines = [json.loads(line) for line in (pictures / "metadata.jsonl").read_text().splitlines()]
     plain = [{k: v for k, v in line.items() if k != "enhanced_text"} for line in lines]
     (pictures / "metadata.jsonl").write_text("\n".join(map(json.dumps, plain)))
-    with pytest.raises(UserError, match="needs ip_adapter"):
+    with pytest.raises(UserError, match="(?s)needs ip_adapter.*Or do without a picture"):
         prepare(asked(tiny_sd, pictures))
     with pytest.raises(UserError, match="not every picture has one"):
         prepare(asked(tiny_sd, pictures, "context.kind=enhanced_prompt"))
@@ -140,6 +143,28 @@ def test_a_task_is_a_teacher_folder_that_names_pictures_and_buckets(tiny_sd, pic
     assert dict(facts(tuning))["sizes"].startswith("32 x 32: 2, 40 x 24: 1")
 
 
+def test_what_is_watched_is_said(tiny_sd, pictures, tmp_path):
+    assert "watched" not in dict(facts(prepare(asked(tiny_sd, pictures))))
+    told = dict(facts(prepare(asked(tiny_sd, pictures, "look.every=5"))))
+    assert "own captions, which shows fitting only" in told["watched"]
+    (tmp_path / "new.txt").write_text("a dot at night\n")
+    held_out = f"images.held_out={json.dumps(str(tmp_path / 'new.txt'))}"
+    told = dict(facts(prepare(asked(tiny_sd, pictures, "look.every=5", held_out))))
+    assert told["watched"].startswith("every 5 updates and at the end, 8 drawings of prompts in")
+
+
+def test_a_model_is_not_guided_unless_it_is_asked_for(pictures):
+    """Z-Image guides from above 0, others from above 1."""
+
+    def prepared(*asked_for):
+        options = ["context.kind=enhanced_prompt", *asked_for]
+        told = read_tune_recipe(None, "Tongyi-MAI/Z-Image-Turbo", str(pictures), options)
+        return prepare(told, pictures.parent / "task", shipped=True).recipe
+
+    assert prepared().student.guidance_scale == prepared().teachers[0].guidance_scale == 0.0
+    assert prepared("student.guidance_scale=1.0").student.guidance_scale == 1.0
+
+
 def test_without_buckets_every_picture_is_square(tiny_sd, pictures):
     tuning = prepare(asked(tiny_sd, pictures, "images.aspect_buckets=false", "images.resolution=20"))
     assert tuning.buckets == [(16, 16)] * 3
@@ -151,10 +176,24 @@ def test_without_buckets_every_picture_is_square(tiny_sd, pictures):
 def test_other_pictures_are_refused_once_a_run_has_begun(tiny_sd, pictures):
     tuning = prepare(asked(tiny_sd, pictures))
     with task_written(tuning):
-        RunFolder.create(tuning.recipe.output_dir, tuning.recipe, {})
+        folder = RunFolder.create(tuning.recipe.output_dir, tuning.recipe, {})
+    folder.append_metrics({"kind": "update", "update": 1})
     Image.new("RGB", (16, 16), "yellow").save(pictures / "1.png")
     with pytest.raises(UserError, match=r"task/prompts/train.jsonl differs"):
         write_task(prepare(asked(tiny_sd, pictures)))
+
+
+def test_after_a_failed_check_the_same_folder_takes_other_captions_and_contexts(tiny_sd, pictures, ip_options):
+    tuning = prepare(asked(tiny_sd, pictures))
+    with task_written(tuning):
+        folder = RunFolder.create(tuning.recipe.output_dir, tuning.recipe, {})
+    for name in ("teacher-check.png", "teacher-check.json"):
+        (folder.path / name).write_text("no better")
+    Image.new("RGB", (16, 16), "yellow").save(pictures / "1.png")
+    other = prepare(asked(tiny_sd, pictures, *ip_options))
+    assert write_task(other)
+    taken = RunFolder.create(other.recipe.output_dir, other.recipe, {})
+    assert taken.recipe().teachers[0].context.kind == "ip_adapter"
 
 
 def test_an_error_before_the_run_leaves_nothing_behind(tiny_sd, pictures):
@@ -162,6 +201,7 @@ def test_an_error_before_the_run_leaves_nothing_behind(tiny_sd, pictures):
     with pytest.raises(UserError, match="later"), task_written(tuning):
         assert tuning.folder.is_dir()
         raise UserError("later")
+    assert folder.recipe().teachers[0].context.kind == "enhanced_prompt"
     assert not tuning.folder.parent.exists()
 
 
@@ -233,10 +273,9 @@ def test_a_teacher_that_its_context_does_not_help_is_stopped_with_a_grid(run_wit
     judge = teacher_check._judge
     swap = {"without": "with_context", "with_context": "without"}
 
-    def swapped(run, drawn):
-        return judge(
-            run, [teacher_check._Drawn(d.target, **{a: getattr(d, b) for a, b in swap.items()}) for d in drawn]
-        )
+    def swapped(run, drawn, features):
+        sides = [teacher_check._Drawn(d.target, **{a: getattr(d, b) for a, b in swap.items()}) for d in drawn]
+        return judge(run, sides, features)
 
     monkeypatch.setattr(teacher_check, "_judge", swapped)
     other = check_teacher(run, folder, force=True)
@@ -245,6 +284,20 @@ def test_a_teacher_that_its_context_does_not_help_is_stopped_with_a_grid(run_wit
     monkeypatch.setattr(teacher_check, "_judge", failing)
     with pytest.raises(UserError, match=r"nothing to teach.*teacher-check\.png.*--force"):
         check_teacher(run, folder)
+
+
+def test_guidance_of_the_teacher_alone_is_no_context(tiny_sd, pictures):
+    """A richer caption that says nothing more, under guidance that the student has not."""
+    file = pictures / "metadata.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    file.write_text("\n".join(json.dumps(row | {"enhanced_text": row["text"]}) for row in rows))
+    tuning = prepare(asked(tiny_sd, pictures, "teacher.guidance_scale=5.0"))
+    with task_written(tuning):
+        folder = RunFolder.create(tuning.recipe.output_dir, tuning.recipe, {})
+    run, _ = prepared(tuning.recipe)
+    assert run.teachers[0].call.arguments["guidance_scale"] == 5.0 != run.student.call.arguments["guidance_scale"]
+    verdict = check_teacher(run, folder, force=True)
+    assert verdict.with_context == verdict.without_context and not verdict.passed
 
 
 def test_a_model_that_is_dull_in_few_steps_is_explained():
@@ -261,6 +314,16 @@ def test_looks_tell_nearness_drift_mush_and_collapse_apart():
     others = [noise_picture(i) for i in range(4)]
     red, blue = Image.new("RGB", (16, 16), "red"), Image.new("RGB", (16, 16), "blue")
     before = {"subject": [blue, blue], "unrelated": others}
+def test_captions_that_the_model_does_not_read_to_their_end_are_named(run_with_teacher):
+    """CLIP's tokenizer here has 24 places, one a letter."""
+    pipeline = run_with_teacher[0].student.pipeline
+    assert cut_captions(pipeline, ["a dot", "a red dot"]) is None
+    told = cut_captions(pipeline, ["a dot", "a dot that is by far too large"])
+    assert "1 of 2 captions are longer than the 24 tokens" in told and "'a dot that is by far too large'" in told
+    reads_on = SimpleNamespace(components={**pipeline.components, "tokenizer_2": SimpleNamespace()})
+    assert cut_captions(reads_on, ["a dot that is by far too large"]) is None
+
+
     same = compare(before, before, [red])
     assert same["drift"] == 0 and same["distance"] == same["distance_before"] > 0.5
     assert same["sharpness"] == same["diversity"] == 1 and not is_collapsed(same)
@@ -274,6 +337,36 @@ def test_looks_tell_nearness_drift_mush_and_collapse_apart():
     blurred = compare(before, {"subject": [red, red], "unrelated": mush}, [red])
     assert blurred["sharpness"] == 0 and is_collapsed(blurred) and blurred["drift"] > 0.2
     assert sharpness(stripes) > sharpness(red) == 0
+
+
+def test_a_collapse_on_the_subject_alone_is_seen():
+    """Drawings of the subject may go to what the pictures are, but neither beyond nor all to one."""
+    others = [noise_picture(i) for i in range(4)]
+    smooth = [Image.radial_gradient("L").resize((16, 16)).convert("RGB")] * 2
+    shown = [Image.merge("RGB", (side,) * 3) for side in map(Image.Image.getchannel, others[:2], "RG")]
+    before = {"subject": others[:2], "unrelated": others}
+    assert not is_collapsed(compare(before, {"subject": shown, "unrelated": others}, shown))
+    assert is_collapsed(compare(before, {"subject": smooth, "unrelated": others}, shown))
+    assert not is_collapsed(compare(before, {"subject": smooth, "unrelated": others}, smooth))
+    one = {"subject": others[:1], "unrelated": others[:1]}
+    assert not is_collapsed(compare(one, one, shown))  # one drawing has no diversity to lose
+
+
+def test_pictures_are_compared_as_they_are_trained(tmp_path):
+    """Turned, laid over white and cut to the drawing's shape, in looks and in the task's reward alike."""
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    wide = Image.new("RGB", (40, 10), "red")
+    wide.paste("blue", (14, 0, 26, 10))
+    wide.rotate(90, expand=True).save(tmp_path / "wide.png", exif=turned)
+    Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    (tmp_path / "prompts").mkdir()
+    rows = [{"prompt": "a", "file_name": str(tmp_path / name)} for name in ("wide.png", "clear.png")]
+    (tmp_path / "prompts" / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    shutil.copy(closeness.__file__, tmp_path / "closeness.py")
+    reward = load_reward("closeness.py:closeness", tmp_path)
+    found = reward([Image.new("RGB", (20, 20), color) for color in ("blue", "white", "red")], [""] * 3, [{}] * 3)
+    assert min(found[:2]) > 0.99 and found[2] < 0.5
 
 
 def test_a_run_is_looked_at_stops_when_it_forgets_and_goes_on_where_it_was(run_with_teacher, tmp_path):
@@ -309,9 +402,24 @@ def test_the_loop_stops_for_the_reason_of_a_look(tiny_sd, pictures, monkeypatch)
 
     loop.distill(tuning.recipe, folder, begin)
     (row,) = rows_of(folder, "look")
-    assert row["update"] == 2 and 0 < row["drift"] < 1
+    assert row["update"] == 2 and 0 < row["drift"] < 1 and row["subject_sharpness"] > 0
     assert "look.max_drift" in rows_of(folder, "stop")[0]["reason"]
     assert folder.latest_checkpoint().name == "checkpoint-2"
+
+
+def test_the_last_update_is_looked_at_whatever_the_interval(tiny_sd, pictures, monkeypatch):
+    monkeypatch.setattr(loop, "save_trajectory", lambda run, folder: None)
+    tuning = prepare(asked(tiny_sd, pictures, "train.max_train_steps=3"))
+    with task_written(tuning):
+        folder = RunFolder.create(tuning.recipe.output_dir, tuning.recipe, {})
+
+    def begin(run, is_new):
+        run.looks = Looks(LookSettings(every=2, num_prompts=2, max_drift=1.0), folder, [pictures / "0.png"])
+        run.looks.begin(run, is_new=is_new)
+
+    loop.distill(tuning.recipe, folder, begin)
+    assert [row["update"] for row in rows_of(folder, "look")] == [2, 3]
+    assert rows_of(folder, "stop")[0]["reason"] == "reached max_train_steps = 3"
 
 
 def test_rows_of_one_size_are_walked_together_whatever_their_order():
@@ -360,5 +468,6 @@ def test_the_command_goes_the_whole_road(tiny_sd, pictures, tmp_path, ip_options
     names = load_file(run / "export" / "pipeline" / "unet" / "diffusion_pytorch_model.safetensors").keys()
     assert names == load_file(tiny_sd / "unet" / "diffusion_pytorch_model.safetensors").keys()
     page = (run / "report.html").read_text(encoding="utf-8")
-    assert "A picture here and in ordinary fine-tuning" in page and (run / "cost.json").is_file()
+    assert "A picture here and in ordinary fine-tuning" in page
+    assert "pictures" not in json.loads((run / "cost.json").read_text())["sft"]  # made latents once a run
     assert "Tuned on pictures" in page and "by image encoder" in page and 'alt="before and now"' in page

@@ -114,6 +114,16 @@ def test_pictures_of_the_class_are_the_untouched_models_and_drawn_once(tiny_sd, 
     assert [file.read_bytes() for file in files] == drawn
 
 
+def test_a_picture_is_made_latents_once_a_run(tiny_sd, pictures, monkeypatch):  # noqa: F811
+    run, state = assembled(baseline(tiny_sd, pictures, "sft"))
+    made, encode = [], loop.encode_pictures
+    monkeypatch.setattr(loop, "encode_pictures", lambda pipeline, rows: made.extend(rows) or encode(pipeline, rows))
+    for _ in range(3):
+        loop.one_update(run, state, Watch())
+        state.progress.update += 1
+    assert sorted(row.prompt for row in made) == sorted(row.prompt for row in run.teachers[0].train_rows)
+
+
 @pytest.mark.parametrize("options", [["method=sft"], ["method=dreambooth", *CLASS, 'student.train="full"']])
 def test_a_baseline_trains_over_buckets_and_resumes_exactly(tiny_sd, pictures, tmp_path, options):  # noqa: F811
     def run(updates, output):
