@@ -187,6 +187,7 @@ def test_after_a_failed_check_the_same_folder_takes_other_captions_and_contexts(
     tuning = prepare(asked(tiny_sd, pictures))
     with task_written(tuning):
         folder = RunFolder.create(tuning.recipe.output_dir, tuning.recipe, {})
+    assert folder.recipe().teachers[0].context.kind == "enhanced_prompt"
     for name in ("teacher-check.png", "teacher-check.json"):
         (folder.path / name).write_text("no better")
     Image.new("RGB", (16, 16), "yellow").save(pictures / "1.png")
@@ -201,7 +202,6 @@ def test_an_error_before_the_run_leaves_nothing_behind(tiny_sd, pictures):
     with pytest.raises(UserError, match="later"), task_written(tuning):
         assert tuning.folder.is_dir()
         raise UserError("later")
-    assert folder.recipe().teachers[0].context.kind == "enhanced_prompt"
     assert not tuning.folder.parent.exists()
 
 
@@ -310,10 +310,6 @@ def noise_picture(seed):
     return Image.frombytes("RGB", (16, 16), random.Random(seed).randbytes(768))
 
 
-def test_looks_tell_nearness_drift_mush_and_collapse_apart():
-    others = [noise_picture(i) for i in range(4)]
-    red, blue = Image.new("RGB", (16, 16), "red"), Image.new("RGB", (16, 16), "blue")
-    before = {"subject": [blue, blue], "unrelated": others}
 def test_captions_that_the_model_does_not_read_to_their_end_are_named(run_with_teacher):
     """CLIP's tokenizer here has 24 places, one a letter."""
     pipeline = run_with_teacher[0].student.pipeline
@@ -324,6 +320,10 @@ def test_captions_that_the_model_does_not_read_to_their_end_are_named(run_with_t
     assert cut_captions(reads_on, ["a dot that is by far too large"]) is None
 
 
+def test_looks_tell_nearness_drift_mush_and_collapse_apart():
+    others = [noise_picture(i) for i in range(4)]
+    red, blue = Image.new("RGB", (16, 16), "red"), Image.new("RGB", (16, 16), "blue")
+    before = {"subject": [blue, blue], "unrelated": others}
     same = compare(before, before, [red])
     assert same["drift"] == 0 and same["distance"] == same["distance_before"] > 0.5
     assert same["sharpness"] == same["diversity"] == 1 and not is_collapsed(same)
