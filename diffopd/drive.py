@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from diffopd.branches import first_tensor, split
 from diffopd.parts import (
     checked_for_gradient,
+    completed,
     denoiser_name,
     denoiser_of,
     denoisers_of,
@@ -66,7 +67,7 @@ Binding = Callable[[], AbstractContextManager]
 
 @dataclass(frozen=True)
 class Call:
-    """What one side is told: a pipeline and the keyword arguments of its call. Lists go with the batch.
+    """What one side is told: a pipeline and the keyword arguments of its call (`completed`). Lists go with the batch.
 
     `binding` opens whatever must hold while this side's networks run (its adapter); it is open only between two
     pauses, so a backward pass always sees the student's own.
@@ -75,6 +76,9 @@ class Call:
     pipeline: Any
     arguments: Mapping[str, Any] = field(default_factory=dict)
     binding: Binding = nullcontext
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "arguments", completed(type(self.pipeline), self.arguments))
 
     @property
     def guidance(self) -> float:
@@ -87,9 +91,8 @@ class Call:
 
     def regridded(self, num_inference_steps: int) -> Call:
         """The same call on its scheduler's own grid of so many steps, whatever levels it names."""
-        kept = {key: value for key, value in self.arguments.items() if key not in ("timesteps", "sigmas")}
-        if "intermediate_timesteps" in inspect.signature(type(self.pipeline).__call__).parameters:
-            kept["intermediate_timesteps"] = None  # Sana-Sprint's default is for two steps
+        named = ("timesteps", "sigmas", "intermediate_timesteps")
+        kept = {key: value for key, value in self.arguments.items() if key not in named}
         return Call(self.pipeline, {**kept, "num_inference_steps": num_inference_steps}, self.binding)
 
     def prompted(self, prompts: Sequence[str], **arguments: Any) -> Call:

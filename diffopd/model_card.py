@@ -15,6 +15,7 @@ from diffopd.dialects import ranks_said, read_layers
 from diffopd.errors import UserError
 from diffopd.load import LORA_FILE
 from diffopd.locate import find_pipeline, is_path, parse_hub_id
+from diffopd.parts import completed
 from diffopd.recipe import Recipe
 from diffopd.run_folder import RunFolder
 from diffopd.stranger import Form
@@ -89,7 +90,7 @@ def model_card(exported: Exported) -> str:
 
 def usage(exported: Exported, form: Form) -> list[str]:
     """How to load one form and draw with it, as the lines of a block of code."""
-    call = f'pipeline("{_example_prompt(exported.cards)}", {_told(exported.recipe)})'
+    call = f'pipeline("{_example_prompt(exported.cards)}", {_told(exported)})'
     lines = [*_loading(exported, form), *_scheduler_lines(form)]
     if exported.is_video:
         lines.insert(1, "from diffusers.utils import export_to_video")
@@ -129,8 +130,9 @@ def _scheduler_lines(form: Form) -> list[str]:
     return [*lines, f"pipeline.scheduler = {made}.from_config(pipeline.scheduler.config{options})"]
 
 
-def _told(recipe: Recipe) -> str:
-    told = {key: value for key, value in student_arguments(recipe).items() if key != "output_type"}
+def _told(exported: Exported) -> str:
+    told = completed(exported.pipeline_class, student_arguments(exported.recipe))
+    told.pop("output_type", None)
     return ", ".join(f"{key}={value!r}" for key, value in told.items())
 
 

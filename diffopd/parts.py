@@ -6,7 +6,7 @@ import copy
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import SimpleNamespace
 from typing import Any
@@ -33,6 +33,19 @@ def denoisers_of(pipeline: Any) -> list[nn.Module]:
     """Every network that the pipeline may denoise with (some have two, for high and low noise)."""
     held = [getattr(pipeline, name, None) for name in ("unet", "transformer", "transformer_2")]
     return [module for module in held if module is not None]
+
+
+def completed(pipeline_class: type, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call, completed where a default of the class fits one number of steps only.
+
+    Sana-Sprint's intermediate_timesteps, 1.3, is the middle of its two-step grid: any other number of steps wants None,
+    which no recipe can say.
+    """
+    key = "intermediate_timesteps"
+    if key not in inspect.signature(pipeline_class.__call__).parameters:
+        return dict(arguments)
+    told = {name: value for name, value in arguments.items() if (name, value) != (key, None)}
+    return told if told.get("num_inference_steps", 2) == 2 else {key: None, **told}
 
 
 CHECKPOINTS_WRONGLY = {

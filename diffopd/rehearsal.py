@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map
 
 from diffopd.blueprint import Blueprint, build_component, build_on_meta
 from diffopd.drive import replaced_forward
+from diffopd.parts import completed
 
 CLIP_TOKENS = 77
 DENOISERS = ("unet", "transformer", "transformer_2")
@@ -60,7 +61,7 @@ def rehearse(
     pipeline = stock_pipeline(base, scheduler, trained or base.meta_denoiser)
     told = {**arguments, **stand_in_texts(base, arguments, batch_size), "output_type": "latent"}
     known = inspect.signature(type(pipeline).__call__).parameters
-    told = {name: value for name, value in told.items() if name in known}
+    told = completed(type(pipeline), {name: value for name, value in told.items() if name in known})
     result = Rehearsal()
     with torch.no_grad(), _stand_ins(pipeline, result, is_computed=trained is not None):
         inspect.unwrap(type(pipeline).__call__)(pipeline, **told)

@@ -364,7 +364,8 @@ ROWS = [
         sana_sprint,
         {"embedded": {"guidance_scale": 4.5}},
         {**LARGER, **PLAIN, "complex_human_instruction": None},
-        note="2 steps; for others the call needs intermediate_timesteps = None, which no recipe can say; no substeps",
+        steps=3,
+        note="in 2 steps its grid is one of its own, which has no substeps",
     ),
     Row(
         "PixArtSigma",

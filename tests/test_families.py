@@ -15,7 +15,7 @@ from family_cast import PROMPTS, STUDENT, TEACHER, cast_of, cast_with, seeded, w
 from diffopd.adapters import Average, add_adapter, autocast_forward
 from diffopd.blueprint import build_on_meta
 from diffopd.checkpoint import save_deployable
-from diffopd.drive import Call, Walk, decode, denoiser_of
+from diffopd.drive import Call, Walk, decode, denoiser_of, survey
 from diffopd.errors import UserError
 from diffopd.fit_check import lora_size
 from diffopd.load import LORA_FILE, fuse_adapter, load_lora, load_pipeline
@@ -69,6 +69,12 @@ def test_the_driven_call_is_the_plain_call_and_ends_at_the_denoised_and_decode_g
     torch.testing.assert_close(denoised, state, rtol=1e-4, atol=1e-4)  # no noise is left: model_output is read rightly
     assert np.array_equal(walked(told("np"))[0], plain["np"])
     assert np.array_equal(arrays(decode(cast.call(form), state)), arrays(plain[None]))
+
+
+def test_sana_sprint_walks_in_any_number_of_steps_and_in_two_on_its_own_grid():
+    call = cast_of("SanaSprint").call()
+    assert survey(call.told(num_inference_steps=2)).timesteps == pytest.approx([1.5708, 1.3])
+    assert survey(call.told(num_inference_steps=4)).timesteps == pytest.approx([1.5708 * n / 4 for n in (4, 3, 2, 1)])
 
 
 @every_family

@@ -40,7 +40,7 @@ FORMS = {
 PLAIN = {"use_resolution_binning": False}
 MORE = {
     "sana": PLAIN | {"height": 32, "width": 32},
-    "sana sprint": PLAIN | {"height": 32, "width": 32, "num_inference_steps": 2},
+    "sana sprint": PLAIN | {"height": 32, "width": 32},
     "pixart": PLAIN,
 }
 CASES = [(family, form) for family, forms in FORMS.items() for form in forms]
