@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -166,7 +167,11 @@ def _teacher_size(parts: Parts, card: TeacherCard, adapter: int, unsure: list[st
 
 
 def _graph(parts: Parts, denoiser: nn.Module) -> int | None:
-    """Bytes that the backward of one state of one micro-batch needs; None for a pipeline that cannot be rehearsed."""
+    """Bytes that the backward of one state of one micro-batch needs; None for a pipeline that cannot be rehearsed.
+
+    With train.fuse_student these are also the folded weights, a second set of those that the adapter covers.
+    """
+    from diffopd.adapters import fused_forward
     from diffopd.rehearsal import can_rehearse, rehearse
 
     base, recipe = parts.base, parts.recipe
@@ -178,4 +183,5 @@ def _graph(parts: Parts, denoiser: nn.Module) -> int | None:
         denoiser.enable_gradient_checkpointing()
     scheduler = make_scheduler(recipe, base)
     # Under train.mixed_precision activations are smaller than this: it is counted without autocast.
-    return rehearse(base, scheduler, arguments, batch_size=recipe.train.batch_size, trained=denoiser).graph_bytes
+    with fused_forward(denoiser) if recipe.train.fuse_student else nullcontext():
+        return rehearse(base, scheduler, arguments, batch_size=recipe.train.batch_size, trained=denoiser).graph_bytes

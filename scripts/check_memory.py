@@ -6,16 +6,24 @@ attention: `estimated` are the bytes that the plan would print for the graph, `k
 `resident` what the process grew by (attention kernels, allocator and all).
 
     python scripts/check_memory.py [--json] [--base NAME ...] [--batch 1] [--size 256]
+
+With --recipe a real recipe is trained for three updates instead: the sum of its plan beside what the process grew by,
+when all was loaded and at its peak. Libraries are imported before and not counted; what else is the same for any batch
+(allocator, compiled kernels, mapped files) falls out of the difference of two batch sizes.
+
+    python scripts/check_memory.py [--json] --recipe together [--set KEY=VALUE ...]
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import dataclasses
 import gc
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -25,8 +33,14 @@ from torch import Tensor, nn
 
 from diffopd.adapters import add_adapter
 from diffopd.blueprint import Blueprint, add_lora_on_meta, build_on_meta, read_blueprint
+from diffopd.distill import distill
 from diffopd.drive import Call, Walk
+from diffopd.load import load_pipeline
+from diffopd.plan import make_plan
+from diffopd.preflight import check
+from diffopd.recipe import read_recipe
 from diffopd.rehearsal import rehearse, stand_in_texts, stock_pipeline
+from diffopd.run_folder import RunFolder
 
 SMALL_UNET = {"block_out_channels": [64, 128, 128, 128]}
 # base -> what its denoiser's config becomes, further arguments of its call
@@ -122,13 +136,57 @@ def measure(name: str, batch_size: int, size: int, *, checkpointing: bool) -> di
     return row | {"estimated": estimate, "kept": real, "resident": grown, "ratio": round(estimate / real, 3)}
 
 
+def peak() -> int:
+    """The most bytes of memory that the process held since `settle`."""
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM:"))
+
+
+def settle() -> int:
+    """What is free goes back to the system, and `peak` counts anew; returns the bytes that the process holds."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+    return resident()
+
+
+def measure_run(name: str, overrides: list[str]) -> dict[str, Any]:
+    """The plan of a recipe, and what three updates of it really take."""
+    with tempfile.TemporaryDirectory() as place:
+        short = ["train.max_train_steps=3", "train.max_train_seconds=0", "train.validate_every=0"]
+        recipe = read_recipe(name, [*short, f"output_dir={json.dumps(place + '/run')}", *overrides])
+        parts = check(recipe, hash_weights=True)
+        planned = make_plan(parts).memory
+        folder = RunFolder.create(recipe.output_dir, recipe, parts.hashes)
+        load_pipeline(recipe.student.pretrained_model_name_or_path)
+        before, loaded = settle(), []
+        distill(recipe, folder, lambda run, is_new: loaded.append(resident()))
+        grown = peak() - before
+    row = {"recipe": name, "planned": planned, "sum": sum(planned.values()), "loaded": loaded[0] - before}
+    return row | {"peak": grown, "ratio": round(sum(planned.values()) / grown, 3)}
+
+
+def show_run(row: dict[str, Any]) -> str:
+    """The items of the plan, then sum and measurement."""
+    items = {**row["planned"], "sum": row["sum"], "loaded": row["loaded"], "peak": row["peak"]}
+    lines = [f"{name:22} {size / 2**20:8.1f} MiB" for name, size in items.items()]
+    return "\n".join([row["recipe"], *lines, f"sum/peak {row['ratio']:.3f}"])
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     parser.add_argument("--base", nargs="*", default=list(MIDDLE), choices=list(MIDDLE), help="default: all")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--size", type=int, default=256, help="pixels a side")
+    parser.add_argument("--recipe", help="train three updates of this recipe instead")
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="overrides of the recipe")
     options = parser.parse_args()
+    if options.recipe:
+        row = measure_run(options.recipe, options.set)
+        print(json.dumps(row) if options.json else show_run(row))
+        return 0
     worst = 0.0
     for name in options.base:
         for checkpointing in (False, True):

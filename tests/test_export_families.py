@@ -10,7 +10,7 @@ import torch
 
 from diffopd.adapters import STUDENT, add_adapter
 from diffopd.checkpoint import save_deployable
-from diffopd.drive import denoiser_of
+from diffopd.drive import Call, denoiser_of
 from diffopd.errors import UserError
 from diffopd.forms import ALLOWED, adapter_layers, write_kohya
 from diffopd.load import LORA_FILE, fuse_adapter, load_lora
@@ -22,7 +22,8 @@ NO_KOHYA = {"Flux2", "Flux2Klein", "ZImage", "Sana", "SanaSprint", "Lumina2", "W
 def written(name: str, folder: Path) -> tuple[list[Form], np.ndarray, list[str]]:
     """A family's student with a random adapter, exported; its forms, its own pictures, the formats refused."""
     row, pipeline = families.FAMILIES[name], families.build(name)
-    arguments = {"prompt": "a dot", "num_inference_steps": row.steps, **row.arguments, **next(iter(row.forms.values()))}
+    told = {"prompt": "a dot", "num_inference_steps": row.steps, **row.arguments, **next(iter(row.forms.values()))}
+    arguments = dict(Call(pipeline, told).arguments)
     pipeline.save_pretrained(folder / "base")
     refused, forms = [], []
     if row.targets:

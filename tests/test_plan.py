@@ -9,6 +9,7 @@ from diffopd.blueprint import num_values
 from diffopd.plan import make_plan, readable, render
 from diffopd.preflight import check
 from diffopd.recipe import read_recipe
+from diffopd.rehearsal import CLIP_TOKENS
 
 
 def plan(path, *overrides):
@@ -50,18 +51,20 @@ def test_the_grid_is_that_of_the_walk(tiny_recipe, tiny_pipeline):
     assert plan(tiny_recipe).grid.timesteps == tuple(tiny_pipeline.scheduler.timesteps.tolist())
 
 
-def test_the_graph_estimate_is_what_autograd_keeps(tiny_recipe, tiny_pipeline):
+@pytest.fixture
+def adapted_unet(tiny_pipeline):
+    """The tiny recipe's UNet with the adapter that it would get."""
     from diffopd.adapters import add_adapter, freeze
 
     freeze(tiny_pipeline)
-    add_adapter(
-        tiny_pipeline.unet,
-        "student",
-        rank=2,
-        lora_alpha=4,
-        target_modules=["to_q", "to_k", "to_v", "to_out.0"],
-    )
-    own = {parameter.untyped_storage().data_ptr() for parameter in tiny_pipeline.unet.parameters()}
+    targets = ["to_q", "to_k", "to_v", "to_out.0"]
+    add_adapter(tiny_pipeline.unet, "student", rank=2, lora_alpha=4, target_modules=targets)
+    return tiny_pipeline.unet.train()
+
+
+def kept_by_autograd(unet):
+    """Bytes that one forward of a batch of 2 keeps for its backward, weights of the network aside."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in unet.parameters()}
     kept = {}
 
     def pack(tensor):
@@ -69,11 +72,25 @@ def test_the_graph_estimate_is_what_autograd_keeps(tiny_recipe, tiny_pipeline):
             kept[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
-    tiny_pipeline.unet.train()
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        tiny_pipeline.unet(torch.randn(2, 4, 8, 8), torch.tensor(1), torch.randn(2, 24, 16))
-    real = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-    assert plan(tiny_recipe).memory["graph of one state"] == pytest.approx(real, rel=0.3)
+        unet(torch.randn(2, 4, 8, 8), torch.tensor(1), torch.randn(2, CLIP_TOKENS, 16))
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+def test_the_graph_estimate_is_what_autograd_keeps(tiny_recipe, adapted_unet):
+    assert plan(tiny_recipe).memory["graph of one state"] == pytest.approx(kept_by_autograd(adapted_unet), rel=0.3)
+
+
+def test_the_graph_estimate_counts_the_weights_that_a_folded_adapter_makes(tiny_recipe, adapted_unet):
+    from diffopd.adapters import fused_forward
+
+    plain = kept_by_autograd(adapted_unet)
+    with fused_forward(adapted_unet):
+        folded = kept_by_autograd(adapted_unet)
+    planned = [
+        plan(tiny_recipe, f"train.fuse_student={said}").memory["graph of one state"] for said in ("false", "true")
+    ]
+    assert folded != plain and planned[1] - planned[0] == pytest.approx(folded - plain, rel=0.01)
 
 
 def test_gradient_checkpointing_shrinks_the_graph_estimate(tiny_recipe):
