@@ -87,7 +87,7 @@ def follow(run: TeachRun, trained: Trained, *, finished: int | None) -> None:
 
 def held_out(run: TeachRun, trained: Trained) -> dict[str, float]:
     """The reward, the other tasks' scores, drift and diversity on held-out prompts, of the weights to deploy."""
-    with averaged(trained):
+    with averaged(trained), one_fold(run, Watch()):
         return run.watch.look()
 
 

@@ -111,6 +111,7 @@ class Composition:
     def _of_color(self, image: Any, found: list[Found], entry: dict[str, Any]) -> list[Found]:
         if not entry.get("color") or not found:
             return found
+        found = found[: entry["count"]]  # as GenEval: the surest must have the colour, no other will do
         self._colors = self._colors or ColorJudge(self._color_model, self._device)
         told = self._colors([cut_out(image, one) for one in found], entry["class"])
         return [one for one, color in zip(found, told, strict=True) if color == entry["color"]]
