@@ -103,6 +103,10 @@ def test_a_recipe_file_takes_options_and_names_its_mistakes(tiny_sd, pictures, t
     recipe = read_tune_recipe(str(file), None, None, ['images.instance_prompt="a 😀"'])
     assert recipe.images.folder == str(pictures) and recipe.look.every == 3
     assert recipe.images.instance_prompt == "a 😀"
+    with pytest.raises(UserError, match=r"z-image-turbo.toml: which pictures\? Give --images FOLDER"):
+        read_tune_recipe("z-image-turbo", None, None)
+    with pytest.raises(UserError, match="^command line: nowhere/model: no local folder"):
+        prepare(read_tune_recipe(None, "nowhere/model", str(pictures)))
     with pytest.raises(UserError, match="name is missing"):
         file.write_text("[look]\n")
         read_tune_recipe(str(file), "a", "b")
