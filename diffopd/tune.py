@@ -194,7 +194,9 @@ WEIGHTS = {
 
 def _who(asked: TuneRecipe) -> str:
     if asked.teacher.weights == "ema":
-        return f"the average of the student's trained weights, decay {asked.ema_decay:.8g} an update"
+        decay, updates = asked.ema_decay, asked.train.max_train_steps
+        far = f": {1 - decay**updates:.0%} of the way to it after {updates:,} updates" if updates else ""
+        return f"the average of the student's trained weights, decay {decay:.8g} an update{far}"
     return {"frozen": "the untouched model", "live": "the student as it is now"}[asked.teacher.weights]
 
 

@@ -143,7 +143,8 @@ def test_a_task_is_a_teacher_folder_that_names_pictures_and_buckets(tiny_sd, pic
     assert card.form == "ema" and [row.bucket for row in rows] == [(32, 32), (40, 24), (32, 32)]
     assert rows[0].metadata["file_name"] == str((pictures / "0.png").resolve())
     assert [row.prompt for row in parts.test_rows["itself"]] == [row.prompt for row in rows]
-    assert "decay 0.90553851 an update" in dict(facts(tuning))["teacher"]
+    told = dict(facts(tuning))["teacher"]
+    assert told.endswith("decay 0.90553851 an update: 18% of the way to it after 2 updates")
     assert dict(facts(tuning))["sizes"].startswith("32 x 32: 2, 40 x 24: 1")
 
 
