@@ -269,7 +269,10 @@ def _with_guidance(asked: TuneRecipe, base: Blueprint) -> TuneRecipe:
 
 
 def unguided(asked: TuneRecipe, base: Blueprint) -> float:
-    """The student's own guidance where it costs nothing (a network that is told it), else the scale that is none."""
+    """The student's own guidance where it costs nothing (a network that is told it), else the scale that is none.
+
+    Raises UserError for a call that the pipeline refuses.
+    """
     from diffopd.grid import make_scheduler
     from diffopd.rehearsal import can_rehearse, rehearse
 
@@ -279,7 +282,14 @@ def unguided(asked: TuneRecipe, base: Blueprint) -> float:
     call = {key: value for key, value in asked.student.call.items() if key not in ("timesteps", "sigmas")}
     for scale in dict.fromkeys((own, 1.0, 0.0)):
         told = {"num_inference_steps": 2, "guidance_scale": scale, **call}
-        if rehearse(base, make_scheduler(asked, base), told).rows[0] == 1:
+        try:
+            rows = rehearse(base, make_scheduler(asked, base), told).rows
+        except (TypeError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"{asked.place('student', 'call')}: {base.pipeline_class} cannot be called like this: {error} Correct "
+                "student.call, or student.scheduler."
+            ) from error
+        if rows[0] == 1:
             return scale
     return min(own, 1.0)
 

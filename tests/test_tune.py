@@ -170,6 +170,12 @@ def test_a_model_is_not_guided_unless_it_is_asked_for(pictures):
     assert prepared("student.guidance_scale=1.0").student.guidance_scale == 1.0
 
 
+def test_a_call_that_the_pipeline_refuses_is_named(tiny_sd, pictures):
+    for method in ("d-opsd", "sft"):
+        with pytest.raises(UserError, match="student.call.*cannot be called like this: .*divisible by 8"):
+            prepare(asked(tiny_sd, pictures, "student.call={height = 33, width = 32}", f"method={method}"))
+
+
 def test_without_buckets_every_picture_is_square(tiny_sd, pictures):
     tuning = prepare(asked(tiny_sd, pictures, "images.aspect_buckets=false", "images.resolution=20"))
     assert tuning.buckets == [(16, 16)] * 3
@@ -197,6 +203,7 @@ def test_after_a_failed_check_the_same_folder_takes_other_captions_and_contexts(
     Image.new("RGB", (16, 16), "yellow").save(pictures / "1.png")
     other = prepare(asked(tiny_sd, pictures, *ip_options))
     assert write_task(other)
+    assert folder.recipe().teachers[0].context.kind == "enhanced_prompt"
     taken = RunFolder.create(other.recipe.output_dir, other.recipe, {})
     assert taken.recipe().teachers[0].context.kind == "ip_adapter"
 
@@ -206,7 +213,6 @@ def test_an_error_before_the_run_leaves_nothing_behind(tiny_sd, pictures):
     with pytest.raises(UserError, match="later"), task_written(tuning):
         assert tuning.folder.is_dir()
         raise UserError("later")
-    assert folder.recipe().teachers[0].context.kind == "enhanced_prompt"
     assert not tuning.folder.parent.exists()
 
 
@@ -311,14 +317,6 @@ def test_a_model_that_is_dull_in_few_steps_is_explained():
     assert not_step_distilled(Verdict("pixels", 0.1, 0.2, 1.0, 0.1, 0.2, few_step_sharpness=0.95), 4) is None
 
 
-def noise_picture(seed):
-    return Image.frombytes("RGB", (16, 16), random.Random(seed).randbytes(768))
-
-
-def test_looks_tell_nearness_drift_mush_and_collapse_apart():
-    others = [noise_picture(i) for i in range(4)]
-    red, blue = Image.new("RGB", (16, 16), "red"), Image.new("RGB", (16, 16), "blue")
-    before = {"subject": [blue, blue], "unrelated": others}
 def test_captions_that_the_model_does_not_read_to_their_end_are_named(run_with_teacher):
     """CLIP's tokenizer here has 24 places, one a letter."""
     pipeline = run_with_teacher[0].student.pipeline
@@ -329,6 +327,14 @@ def test_captions_that_the_model_does_not_read_to_their_end_are_named(run_with_t
     assert cut_captions(reads_on, ["a dot that is by far too large"]) is None
 
 
+def noise_picture(seed):
+    return Image.frombytes("RGB", (16, 16), random.Random(seed).randbytes(768))
+
+
+def test_looks_tell_nearness_drift_mush_and_collapse_apart():
+    others = [noise_picture(i) for i in range(4)]
+    red, blue = Image.new("RGB", (16, 16), "red"), Image.new("RGB", (16, 16), "blue")
+    before = {"subject": [blue, blue], "unrelated": others}
     same = compare(before, before, [red])
     assert same["drift"] == 0 and same["distance"] == same["distance_before"] > 0.5
     assert same["sharpness"] == same["diversity"] == 1 and not is_collapsed(same)
