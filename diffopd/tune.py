@@ -22,6 +22,7 @@ from diffopd.buckets import Size, bucket_sizes, bucket_step, native_resolution, 
 from diffopd.context import ContextSettings
 from diffopd.data import read_prompts
 from diffopd.errors import UserError
+from diffopd.locate import nearest_sibling, parse_hub_id
 from diffopd.images import Picture, read_pictures
 from diffopd.recipe import Recipe, from_resolved
 from diffopd.run_folder import has_begun
@@ -69,12 +70,22 @@ def prepare(asked: TuneRecipe, task_folder: Path | None = None, *, shipped: bool
     pictures = read_pictures(asked.images.folder, asked.images.instance_prompt)
     asked = _with_guidance(asked, base)
     context = None
+        _refuse_missing_files(asked, context)
     if not asked.is_given:
         context = asked.context_for(base.pipeline_class, is_enhanced=all(p.enhanced for p in pictures))
     buckets = _buckets(asked, base, pictures)
     folder = task_folder or Path(asked.output_dir).absolute() / TASK
     recipe = from_resolved(_resolved(asked, base, context, folder), asked.source)
     return Tuning(asked, recipe, pictures, buckets, context, _task(asked, folder, pictures, buckets))
+def _refuse_missing_files(asked: TuneRecipe, context: ContextSettings) -> None:
+    """What a context names on this machine is there; what it names on the hub is asked for later."""
+    for key in ("ip_adapter", "image_encoder", "vision_language"):
+        name = getattr(context, key)
+        if name and not (Path(name).exists() or parse_hub_id(name)):
+            near = nearest_sibling(Path(name))
+            raise UserError(f"{asked.place('context', key)}: {key}: there is no file or folder {name}.{near}")
+
+
 
 
 def write_task(tuning: Tuning) -> bool:

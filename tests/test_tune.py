@@ -126,6 +126,9 @@ def test_the_context_falls_to_the_second_caption_or_is_explained(tiny_sd, pictur
     assert prepare(asked(tiny_sd, pictures)).context.kind == "enhanced_prompt"
     assert prepare(asked(tiny_sd, pictures, *ip_options)).context.kind == "ip_adapter"
     lines = [json.loads(line) for line in (pictures / "metadata.jsonl").read_text().splitlines()]
+    gone = json.dumps(str(pictures / "ip.safetensors"))
+    with pytest.raises(UserError, match=r"--set context.ip_adapter=.*there is no file or folder .*ip\.safetensors"):
+        prepare(asked(tiny_sd, pictures, *ip_options, f"context.ip_adapter={gone}"))
     plain = [{k: v for k, v in line.items() if k != "enhanced_text"} for line in lines]
     (pictures / "metadata.jsonl").write_text("\n".join(map(json.dumps, plain)))
     with pytest.raises(UserError, match="(?s)needs ip_adapter.*Or do without a picture"):
