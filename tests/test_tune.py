@@ -24,7 +24,8 @@ from diffopd.preflight import check
 from diffopd.run_folder import RunFolder
 from diffopd.teacher import load_reward
 from diffopd.teacher_check import Verdict, check_teacher, not_step_distilled
-from diffopd.tune import facts, prepare, task_written, write_task
+from diffopd.tune import prepare, task_written, write_task
+from diffopd.tune_facts import facts
 from diffopd.tune_recipe import LookSettings, read_tune_recipe
 
 SMALL = [
@@ -125,10 +126,10 @@ def test_the_average_ends_up_18_percent_of_the_way_whatever_the_length(tiny_sd, 
 def test_the_context_falls_to_the_second_caption_or_is_explained(tiny_sd, pictures, ip_options):
     assert prepare(asked(tiny_sd, pictures)).context.kind == "enhanced_prompt"
     assert prepare(asked(tiny_sd, pictures, *ip_options)).context.kind == "ip_adapter"
-    lines = [json.loads(line) for line in (pictures / "metadata.jsonl").read_text().splitlines()]
     gone = json.dumps(str(pictures / "ip.safetensors"))
     with pytest.raises(UserError, match=r"--set context.ip_adapter=.*there is no file or folder .*ip\.safetensors"):
         prepare(asked(tiny_sd, pictures, *ip_options, f"context.ip_adapter={gone}"))
+    lines = [json.loads(line) for line in (pictures / "metadata.jsonl").read_text().splitlines()]
     plain = [{k: v for k, v in line.items() if k != "enhanced_text"} for line in lines]
     (pictures / "metadata.jsonl").write_text("\n".join(map(json.dumps, plain)))
     with pytest.raises(UserError, match="(?s)needs ip_adapter.*Or do without a picture"):
