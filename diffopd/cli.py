@@ -101,7 +101,8 @@ def tune(
 ) -> None:
     """Teach a few-step model new pictures so that it keeps its few steps. To resume, give the same command again."""
     from diffopd.features import check_features
-    from diffopd.tune import TASK, facts, prepare, task_written
+    from diffopd.tune import TASK, prepare, task_written
+    from diffopd.tune_facts import facts
     from diffopd.tune_recipe import quoted, read_tune_recipe
 
     options = _options(overrides, output_dir)

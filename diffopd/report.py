@@ -19,13 +19,14 @@ from PIL import Image, UnidentifiedImageError
 
 from diffopd import charts
 from diffopd.charts import Series
+from diffopd.data import read_prompts
 from diffopd.errors import UserError
 from diffopd.recipe import Recipe, TeacherSettings
 from diffopd.run_folder import RunFolder
 from diffopd.teacher import TeacherCard, teacher_card
 
 NUM_COLORS = 6  # --c0 .. --c5 of the template
-LARGEST_GRID = 768
+LARGEST_CELL = 192  # of a grid, so that many rows leave each picture to be seen
 LARGEST_PICTURE = 256  # pixels; larger ones are reduced, for the page carries every picture
 STAGES = ("teacher", "student", "objective", "backward", "optimizer")
 Row = dict[str, Any]
@@ -113,8 +114,18 @@ def _teacher(settings: TeacherSettings, recipe: Recipe, scores: list[Row], hashe
     for key in ("guidance_scale", "num_inference_steps"):
         asked = getattr(settings, key)
         row[key] = asked if asked is not None else getattr(card, key) if card else own.get(key)
+    row["is_asked_the_same"] = card is not None and _is_asked_the_same(card)
     row["hash"] = next((digest for file, digest in hashes.items() if file.startswith(f"{name}/")), None)
     return row
+
+
+def _is_asked_the_same(card: TeacherCard) -> bool:
+    """Whether every held-out prompt of a task is a training prompt as well: its scores then show fitting only."""
+    try:
+        train, test = ({row.prompt for row in read_prompts(path)} for path in (card.prompts.train, card.prompts.test))
+    except UserError:  # files that have moved since
+        return False
+    return test <= train
 
 
 # Scores.
@@ -206,7 +217,7 @@ def state_lines(rows: list[Row], colors: dict[str, str]) -> list[tuple[str, list
 # Pictures.
 
 
-def picture(root: Path, file: str, largest: int = LARGEST_PICTURE) -> Row | None:
+def picture(root: Path, file: str, widest: int = LARGEST_PICTURE, tallest: int = LARGEST_PICTURE) -> Row | None:
     """A picture below `root` as a data URI with its size, None where there is none that can be read."""
     path = (root / file).resolve()
     if not path.is_relative_to(root.resolve()):
@@ -216,7 +227,7 @@ def picture(root: Path, file: str, largest: int = LARGEST_PICTURE) -> Row | None
             image = opened.convert("RGB")
     except (FileNotFoundError, IsADirectoryError, UnidentifiedImageError):
         return None
-    image.thumbnail((largest, largest))
+    image.thumbnail((widest, tallest))
     buffer = io.BytesIO()
     image.save(buffer, "PNG", optimize=True)
     return {"uri": f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}", "width": image.width}
@@ -246,9 +257,16 @@ def looks(run: Path, metrics: list[Row]) -> Row | None:
     names = ("distance", "drift", "sharpness", "diversity")
     lines = [Series(n, [(r["update"], r[n]) for r in rows], f"var(--c{i})") for i, n in enumerate(names)]
     last = f"looks/{rows[-1]['update']:06d}.png" if rows else ""
-    grids = {"check_picture": ("teacher-check.png", check is not None), "picture": (last, bool(rows))}
-    shown = {key: picture(run, file, LARGEST_GRID) if is_there else None for key, (file, is_there) in grids.items()}
+    shown = {
+        "check_picture": grid_of(run, "teacher-check.png", 3) if check is not None else None,
+        "picture": grid_of(run, last, 2) if rows else None,
+    }
     return {"chart": charts.line_chart(lines, smooth=False, dots=True), "rows": rows, "check": check, **shown}
+
+
+def grid_of(run: Path, file: str, columns: int) -> Row | None:
+    """A grid of pictures as `picture`, however many rows it has."""
+    return picture(run, file, columns * LARGEST_CELL, 10**6)
 
 
 def cost(run: Path) -> Row | None:

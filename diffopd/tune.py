@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from diffopd.context import ContextSettings
 from diffopd.data import read_prompts
 from diffopd.errors import UserError
 from diffopd.images import Picture, read_pictures
+from diffopd.locate import nearest_sibling, parse_hub_id
 from diffopd.recipe import Recipe, from_resolved
 from diffopd.run_folder import has_begun
 from diffopd.tune_recipe import TuneRecipe
@@ -31,7 +31,6 @@ TASK = "task"  # the folder inside a run's that holds its task
 ITSELF = "itself"
 GIVEN = "pictures"
 PRIOR = "prior"  # the teacher of dreambooth's second task, and its folder inside the task's
-FEW_STEPS = 8  # nothing but a step-distilled model is deployed with so few
 
 
 @dataclass(frozen=True)
@@ -71,10 +70,20 @@ def prepare(asked: TuneRecipe, task_folder: Path | None = None, *, shipped: bool
     context = None
     if not asked.is_given:
         context = asked.context_for(base.pipeline_class, is_enhanced=all(p.enhanced for p in pictures))
+        _refuse_missing_files(asked, context)
     buckets = _buckets(asked, base, pictures)
     folder = task_folder or Path(asked.output_dir).absolute() / TASK
     recipe = from_resolved(_resolved(asked, base, context, folder), asked.source)
     return Tuning(asked, recipe, pictures, buckets, context, _task(asked, folder, pictures, buckets))
+
+
+def _refuse_missing_files(asked: TuneRecipe, context: ContextSettings) -> None:
+    """What a context names on this machine is there; what it names on the hub is asked for later."""
+    for key in ("ip_adapter", "image_encoder", "vision_language"):
+        name = getattr(context, key)
+        if name and not (Path(name).exists() or parse_hub_id(name)):
+            near = nearest_sibling(Path(name))
+            raise UserError(f"{asked.place('context', key)}: {key}: there is no file or folder {name}.{near}")
 
 
 def write_task(tuning: Tuning) -> bool:
@@ -126,76 +135,6 @@ def task_written(tuning: Tuning) -> Iterator[None]:
             if not any(tuning.folder.parent.iterdir()):
                 tuning.folder.parent.rmdir()
         raise
-
-
-def facts(tuning: Tuning) -> list[tuple[str, str]]:
-    """What a person should know before the run: pictures, sizes, who teaches, and with what."""
-    asked, pictures = tuning.asked, tuning.pictures
-    sizes = Counter(tuning.buckets)
-    shapes = ", ".join(f"{w} x {h}: {count}" for (w, h), count in sizes.most_common())
-    enlarged = sum(p.size[0] < w or p.size[1] < h for p, (w, h) in zip(pictures, tuning.buckets, strict=True))
-    transparent = sum(picture.is_transparent for picture in pictures)
-    notes = [f"{enlarged} smaller than that and enlarged"] if enlarged else []
-    notes += [f"{transparent} transparent and laid over white"] if transparent else []
-    return [
-        ("pictures", f"{len(pictures)} from {asked.images.folder}"),
-        ("sizes", "; ".join([shapes, *notes])),
-        ("method", MANNERS[asked.method]),
-        *([("watched", _watched(asked))] if asked.look.every else []),
-        *(_given_facts(tuning) if asked.is_given else _teacher_facts(tuning)),
-    ]
-
-
-def _watched(asked: TuneRecipe) -> str:
-    every = f"every {asked.look.every} updates and at the end, {asked.look.num_prompts} drawings of"
-    if asked.images.held_out:
-        return f"{every} prompts in {asked.images.held_out}"
-    return f"{every} the pictures' own captions, which shows fitting only; images.held_out = FILE names new scenes"
-
-
-def _teacher_facts(tuning: Tuning) -> list[tuple[str, str]]:
-    name = tuning.recipe.objective.name
-    return [
-        ("teacher", _who(tuning.asked)),
-        ("its context", tuning.context.kind.replace("_", " ")),
-        ("objective", WEIGHTS.get(name, name)),
-    ]
-
-
-def _given_facts(tuning: Tuning) -> list[tuple[str, str]]:
-    asked, recipe = tuning.asked, tuning.recipe
-    steps, guidance = asked.student.num_inference_steps, recipe.teachers[0].guidance_scale
-    found = [("levels", f"{asked.noising.num_levels}, a picture's drawn evenly among them; guidance {guidance:g}")]
-    if asked.method == "dreambooth":
-        prior = asked.prior
-        calls = f"{prior.num_pictures * steps} network calls"
-        found.append(("prior", f"{prior.num_pictures} pictures of {prior.class_prompt!r}, drawn first ({calls})"))
-    if steps <= FEW_STEPS:
-        found.append(("warning", MUSH.format(steps=steps)))
-    return found
-
-
-MANNERS = {
-    "d-opsd": "D-OPSD: on the student's own walk, against its richer self",
-    "sft": "SFT: noised pictures, the loss that the base was trained with",
-    "dreambooth": "DreamBooth: SFT, and as many pictures of the class that the untouched model drew",
-}
-MUSH = (
-    "fine-tune a step-distilled model in the ordinary way and its {steps}-step images turn to mush: noised pictures "
-    "are not the states that it visits, and the loss pulls it back to a many-step model. This method is here to "
-    "compare with; d-opsd keeps the steps"
-)
-WEIGHTS = {
-    "denoised": "denoised (sigma^2 times the velocity's: high noise weighs most; D-OPSD's released code)",
-    "velocity": "velocity (every state alike; D-OPSD's paper)",
-    "positive_direction": "positive_direction (the answer with the prompt and the direction of guidance, each alone)",
-}
-
-
-def _who(asked: TuneRecipe) -> str:
-    if asked.teacher.weights == "ema":
-        return f"the average of the student's trained weights, decay {asked.ema_decay:.8g} an update"
-    return {"frozen": "the untouched model", "live": "the student as it is now"}[asked.teacher.weights]
 
 
 def _buckets(asked: TuneRecipe, base: Blueprint, pictures: list[Picture]) -> list[Size]:
@@ -267,7 +206,10 @@ def _with_guidance(asked: TuneRecipe, base: Blueprint) -> TuneRecipe:
 
 
 def unguided(asked: TuneRecipe, base: Blueprint) -> float:
-    """The student's own guidance where it costs nothing (a network that is told it), else the scale that is none."""
+    """The student's own guidance where it costs nothing (a network that is told it), else the scale that is none.
+
+    Raises UserError for a call that the pipeline refuses.
+    """
     from diffopd.grid import make_scheduler
     from diffopd.rehearsal import can_rehearse, rehearse
 
@@ -277,7 +219,14 @@ def unguided(asked: TuneRecipe, base: Blueprint) -> float:
     call = {key: value for key, value in asked.student.call.items() if key not in ("timesteps", "sigmas")}
     for scale in dict.fromkeys((own, 1.0, 0.0)):
         told = {"num_inference_steps": 2, "guidance_scale": scale, **call}
-        if rehearse(base, make_scheduler(asked, base), told).rows[0] == 1:
+        try:
+            rows = rehearse(base, make_scheduler(asked, base), told).rows
+        except (TypeError, ValueError, AttributeError) as error:
+            raise UserError(
+                f"{asked.place('student', 'call')}: {base.pipeline_class} cannot be called like this: {error} Correct "
+                "student.call, or student.scheduler."
+            ) from error
+        if rows[0] == 1:
             return scale
     return min(own, 1.0)
 

@@ -25,7 +25,7 @@ from diffopd.recipe import (
     StudentSettings,
     TrainSettings,
 )
-from diffopd.settings import Location, Settings, Source, key_lines, read_toml, validated
+from diffopd.settings import Location, Settings, Source, read_toml, validated
 
 FOLLOWED = 0.18  # of the way to the student, by the end of a run: 1 - .9999^2000, D-OPSD's best (arXiv:2605.05204)
 COMMAND_LINE = Path("command line")
@@ -209,6 +209,8 @@ def read_tune_recipe(
     for option in [*(options if path else []), *(overrides or [])]:
         replaced[apply_override(data, option)] = option
     _make_paths_absolute(data, Path.cwd())
+    if "folder" not in data.setdefault("images", {}):
+        raise UserError(f"{source.path}: which pictures? Give --images FOLDER, or [images] with folder in the recipe.")
     method = data.get("method", "d-opsd")
     compared = {"name": "denoised"} if method == "d-opsd" else {"states": "data", "query": {"random": 1}}
     for table, values in (DEFAULTS | {"objective": compared}).items():
@@ -254,7 +256,7 @@ def _command_line(model: str | None, images: str | None) -> tuple[dict[str, Any]
         "student": {"pretrained_model_name_or_path": model},
         "images": {"folder": images},
     }
-    return data, Source(COMMAND_LINE, text, key_lines(text))
+    return data, Source(COMMAND_LINE, text, {})  # the text is ours: its lines would tell nobody anything
 
 
 def _make_paths_absolute(data: dict[str, Any], folder: Path) -> None:

@@ -12,7 +12,7 @@ from diffopd import charts
 from diffopd.charts import Series
 from diffopd.errors import UserError
 from diffopd.recipe import read_recipe
-from diffopd.report import duration, write_report
+from diffopd.report import duration, looks, write_report
 from diffopd.run_folder import RunFolder
 
 EVIL = '"><script>alert("prompt")</script>'
@@ -161,6 +161,16 @@ def test_the_score_table_shows_every_row_and_marks_the_best_guidance_of_the_base
     assert "64 prompts a task, seeds 0, 1" in words and "† from the card" in words
 
 
+def test_prompts_of_the_training_are_not_called_held_out(full_run):
+    dots = full_run.path.parent / "dots"
+    for split, prompts in (("train", ("a dot", "two dots")), ("test", ("a dot",))):
+        (dots / f"{split}.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in prompts))
+    said = "of dots no others were given than those of the training"
+    assert said in words_of(page_of(full_run))
+    (dots / "test.jsonl").write_text('{"prompt": "three dots"}\n')
+    assert said not in words_of(page_of(full_run))
+
+
 def test_the_students_ratio_is_to_the_teacher_at_its_own_steps(full_run):
     words = words_of(page_of(full_run))
     assert "88.9 % of the teacher’s score at 20 steps and guidance 2.5 (0.800 to 0.900)" in words
@@ -249,6 +259,13 @@ def test_a_picture_outside_the_run_is_not_embedded(full_run):
     file = full_run.path / "evaluation/grid/index.json"
     file.write_text(file.read_text().replace("grid/base/dots-0.png", "../../secret.png"))
     assert words_of(page_of(full_run)).count("no picture base") == 1
+
+
+def test_pictures_of_a_tall_grid_can_still_be_seen(run):
+    """Eight pictures of 512 pixels in three columns, as the teacher's check lays them."""
+    Image.new("RGB", (3 * 512, 14 + 8 * 512)).save(run.path / "teacher-check.png")
+    (run.path / "teacher-check.json").write_text("{}")
+    assert looks(run.path, [])["check_picture"]["width"] == 3 * 192
 
 
 def test_teachers_that_have_moved_are_told_from_the_run_itself(full_run):

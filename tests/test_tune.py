@@ -24,7 +24,8 @@ from diffopd.preflight import check
 from diffopd.run_folder import RunFolder
 from diffopd.teacher import load_reward
 from diffopd.teacher_check import Verdict, check_teacher, not_step_distilled
-from diffopd.tune import facts, prepare, task_written, write_task
+from diffopd.tune import prepare, task_written, write_task
+from diffopd.tune_facts import facts
 from diffopd.tune_recipe import LookSettings, read_tune_recipe
 
 SMALL = [
@@ -103,6 +104,10 @@ def test_a_recipe_file_takes_options_and_names_its_mistakes(tiny_sd, pictures, t
     recipe = read_tune_recipe(str(file), None, None, ['images.instance_prompt="a 😀"'])
     assert recipe.images.folder == str(pictures) and recipe.look.every == 3
     assert recipe.images.instance_prompt == "a 😀"
+    with pytest.raises(UserError, match=r"z-image-turbo.toml: which pictures\? Give --images FOLDER"):
+        read_tune_recipe("z-image-turbo", None, None)
+    with pytest.raises(UserError, match="^command line: nowhere/model: no local folder"):
+        prepare(read_tune_recipe(None, "nowhere/model", str(pictures)))
     with pytest.raises(UserError, match="name is missing"):
         file.write_text("[look]\n")
         read_tune_recipe(str(file), "a", "b")
@@ -121,6 +126,9 @@ def test_the_average_ends_up_18_percent_of_the_way_whatever_the_length(tiny_sd, 
 def test_the_context_falls_to_the_second_caption_or_is_explained(tiny_sd, pictures, ip_options):
     assert prepare(asked(tiny_sd, pictures)).context.kind == "enhanced_prompt"
     assert prepare(asked(tiny_sd, pictures, *ip_options)).context.kind == "ip_adapter"
+    gone = json.dumps(str(pictures / "ip.safetensors"))
+    with pytest.raises(UserError, match=r"--set context.ip_adapter=.*there is no file or folder .*ip\.safetensors"):
+        prepare(asked(tiny_sd, pictures, *ip_options, f"context.ip_adapter={gone}"))
     lines = [json.loads(line) for line in (pictures / "metadata.jsonl").read_text().splitlines()]
     plain = [{k: v for k, v in line.items() if k != "enhanced_text"} for line in lines]
     (pictures / "metadata.jsonl").write_text("\n".join(map(json.dumps, plain)))
@@ -139,7 +147,8 @@ def test_a_task_is_a_teacher_folder_that_names_pictures_and_buckets(tiny_sd, pic
     assert card.form == "ema" and [row.bucket for row in rows] == [(32, 32), (40, 24), (32, 32)]
     assert rows[0].metadata["file_name"] == str((pictures / "0.png").resolve())
     assert [row.prompt for row in parts.test_rows["itself"]] == [row.prompt for row in rows]
-    assert "decay 0.90553851 an update" in dict(facts(tuning))["teacher"]
+    told = dict(facts(tuning))["teacher"]
+    assert told.endswith("decay 0.90553851 an update: 18% of the way to it after 2 updates")
     assert dict(facts(tuning))["sizes"].startswith("32 x 32: 2, 40 x 24: 1")
 
 
@@ -163,6 +172,12 @@ def test_a_model_is_not_guided_unless_it_is_asked_for(pictures):
 
     assert prepared().student.guidance_scale == prepared().teachers[0].guidance_scale == 0.0
     assert prepared("student.guidance_scale=1.0").student.guidance_scale == 1.0
+
+
+def test_a_call_that_the_pipeline_refuses_is_named(tiny_sd, pictures):
+    for method in ("d-opsd", "sft"):
+        with pytest.raises(UserError, match="student.call.*cannot be called like this: .*divisible by 8"):
+            prepare(asked(tiny_sd, pictures, "student.call={height = 33, width = 32}", f"method={method}"))
 
 
 def test_without_buckets_every_picture_is_square(tiny_sd, pictures):
@@ -193,6 +208,7 @@ def test_after_a_failed_check_the_same_folder_takes_other_captions_and_contexts(
     Image.new("RGB", (16, 16), "yellow").save(pictures / "1.png")
     other = prepare(asked(tiny_sd, pictures, *ip_options))
     assert write_task(other)
+    assert folder.recipe().teachers[0].context.kind == "enhanced_prompt"
     taken = RunFolder.create(other.recipe.output_dir, other.recipe, {})
     assert taken.recipe().teachers[0].context.kind == "ip_adapter"
 

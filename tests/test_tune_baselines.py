@@ -19,7 +19,8 @@ from diffopd.prior import draw_prior
 from diffopd.query import supervised_states
 from diffopd.run_folder import RunFolder
 from diffopd.supervise import Watch
-from diffopd.tune import facts, prepare, task_written, write_task
+from diffopd.tune import prepare, task_written, write_task
+from diffopd.tune_facts import facts
 from diffopd.tune_recipe import read_tune_recipe
 
 CLASS = ['prior.class_prompt="a dot"', "prior.num_pictures=3"]
