@@ -22,6 +22,8 @@ import typer
 from PIL import Image
 from world_models import ROOT, world
 
+from diffopd.metrics import bootstrap_interval, ratio_interval
+
 app = typer.Typer(help=__doc__, no_args_is_help=True)
 Output = Annotated[Path, typer.Option(help="folder of the runs")]
 
@@ -96,6 +98,7 @@ def run(
             continue
         options = [f"seed={seed}", f"objective.substeps={m}", f'objective.states="{kind}"', *(settings or [])]
         options += [f"train.max_train_seconds={length * 60}"] + ([f"train.learning_rate={rate}"] if rate else [])
+        options += ["evaluate.teachers=false"] if kind == "data" else []  # cards do not know the copies with pictures
         command = [sys.executable, "-m", "diffopd.cli", "distill", str(recipe_for(output, kind, recipe))]
         command += ["--output-dir", str(output / name), "--processes", str(processes)]
         print(f"{name} ...", flush=True)
@@ -127,7 +130,7 @@ def summary(path: Path) -> dict[str, Any]:
     """One run in a row: what it cost and the student's scores with their ratio to each teacher's own."""
     updates = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     updates = [row for row in updates if row["kind"] == "update"]
-    scores = json.loads((path / "evaluation" / "scores.json").read_text())["rows"]
+    drawn = [json.loads(line) for line in (path / "evaluation" / "prompts.jsonl").read_text().splitlines()]
     row: dict[str, Any] = {
         "run": path.name,
         "updates": updates[-1]["update"],
@@ -135,11 +138,19 @@ def summary(path: Path) -> dict[str, Any]:
         "teacher_calls": sum(update["network_calls"]["teacher"] for update in updates),
     }
     for task in world.TASKS:
-        student = next(s for s in scores if s["model"] == "student" and s["task"] == task)
-        ratio = student.get("ratio", {"value": float("nan"), "interval": [float("nan")] * 2})
-        row[task] = {"score": student["score"], "interval": student["interval"], "ratio": ratio["value"]}
-        row[task]["ratio_interval"] = ratio["interval"]
+        student = [row["score"] for row in drawn if row["model"] == "student" and row["task"] == task]
+        teacher = teacher_scores(task)[: len(student)]
+        ratio, *spread = ratio_interval(student[: len(teacher)], teacher)
+        row[task] = {"score": float(np.mean(student)), "interval": bootstrap_interval(student)}
+        row[task] |= {"ratio": ratio, "ratio_interval": spread}
     return row
+
+
+def teacher_scores(task: str) -> list[float]:
+    """A shelf teacher's own score at its own steps, prompt by prompt, from its card."""
+    rows = json.loads((ROOT / "teachers" / task / "scores.json").read_text())["rows"]
+    own = [row for row in rows if row["model"] == f"teacher:{task}" and row["task"] == task]
+    return max(own, key=lambda row: row["num_inference_steps"])["scores"]
 
 
 if __name__ == "__main__":
