@@ -6,6 +6,8 @@ import torch
 from rich.console import Console
 
 from diffopd.blueprint import num_values
+from diffopd.errors import UserError
+from diffopd.load import load_pipeline
 from diffopd.plan import make_plan, readable, render
 from diffopd.preflight import check
 from diffopd.recipe import read_recipe
@@ -181,12 +183,16 @@ def test_one_task_an_update_in_turn_is_one_batch(tiny_recipe):
 
 
 def test_weights_are_not_loaded(tmp_path, tiny_sd):
-    """A base whose weights are too short to load still has a plan."""
+    """A base whose tensors cannot be read still has a plan, which needs their names and shapes."""
     import shutil
 
     base = shutil.copytree(tiny_sd, tmp_path / "base")
     weights = base / "unet" / "diffusion_pytorch_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[: -weights.stat().st_size // 2])
+    raw = weights.read_bytes()
+    weights.write_bytes(raw.replace(b'"dtype":"F32"', b'"dtype":"F99"'))
+    assert weights.read_bytes() != raw
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_pipeline(str(base))
     teacher = tiny.write_teacher(tmp_path / "itself", base, form="base")
     assert plan(tiny.write_recipe(tmp_path / "r.toml", base, [teacher])).num_parameters > 0
 

@@ -54,7 +54,7 @@ def test_the_folder_may_be_given_relative_to_a_recipe_file(folder, tmp_path):
         ("guidance_scale", "guidance_scal", 6, 'Did you mean "guidance_scale"?'),
         ('form = "lora"', 'form = "loar"', 3, 'Did you mean "lora"?'),
         ("guidance_scale = 2.0", "guidance_scale = nan", 6, "finite"),
-        ('reward = "reward.py:brightness"', 'reward = "Bright ness"', 8, "pattern"),
+        ('reward = "reward.py:brightness"', 'reward = "Bright ness"', 8, "it must match"),
         ('reward = "reward.py:brightness"', "", "", "Give one of the two"),
         ('name = "dots"', 'name = "student"', "", "meaning of its own"),
         ('weights = "pytorch_lora_weights.safetensors"', "", "", "needs weights"),
