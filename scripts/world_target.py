@@ -2,6 +2,7 @@
 
     python scripts/world_target.py measure RUN RUN RUN --output DIR --prompts 1000 [--task text] [--what student ...]
     python scripts/world_target.py table --output DIR [--json]
+    python scripts/world_target.py difference DIR/a.json DIR/b.json
 
 `measure` scores, on each task's own held-out prompts: the task's teacher at its own steps and at the student's, the
 teachers' weight average and the base at the student's steps, and the student of every RUN. Each (model, task) is one
@@ -198,6 +199,20 @@ def table(
         cells += [f"{row['score']:.3f} ({low:.3f} to {high:.3f})", f"{row['ratio']:.3f} ({below:.3f} to {above:.3f})"]
         cells += [f"{row['diversity']:.3f}", f"{row['num_prompts']} ({row['num_asked']})"]
         typer.echo(f"| {' | '.join(map(str, cells))} |")
+
+
+@app.command()
+def difference(
+    first: Annotated[Path, typer.Argument(help="a file of scores of the measure command")],
+    second: Annotated[Path, typer.Argument(help="another one of the same task")],
+) -> None:
+    """Mean of `first` less `second`, paired by row, with its 95 % bootstrap interval over what is asked."""
+    one, other = (json.loads(path.read_text()) for path in (first, second))
+    if one["task"] != other["task"] or len(one["scores"]) != len(other["scores"]):
+        raise typer.BadParameter(f"{first} and {second} are not of the same prompts")
+    apart = np.array(one["scores"]) - np.array(other["scores"])
+    mean, (low, high), _ = bootstrap(apart[None], np.ones(len(apart)), np.array(one["asked"]))
+    typer.echo(f"{one['task']}: {mean:+.3f} ({low:+.3f} to {high:+.3f}), {len(apart)} rows")
 
 
 def rows_of(files: list[dict[str, Any]]) -> list[dict[str, Any]]:

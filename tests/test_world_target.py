@@ -111,3 +111,13 @@ def test_scores_of_other_weights_are_neither_reused_nor_overwritten(tmp_path):
     with pytest.raises(typer.BadParameter, match="scores of other weights"):
         world_target.score(contender, "base", "new", task, None, tmp_path)
     assert json.loads(kept.read_text())["weights"] == "old"
+
+
+def test_the_difference_of_two_models_is_paired_by_row(scored):
+    files = [str(scored / f"text--student-{name}--4.json") for name in "ab"]
+    result = CliRunner().invoke(world_target.app, ["difference", *files])
+    both = [json.loads((scored / f"text--student-{name}--4.json").read_text())["scores"] for name in "ab"]
+    assert result.exit_code == 0 and result.output.startswith("text: +")
+    assert float(result.output.split()[1]) == pytest.approx(np.mean(both[0]) - np.mean(both[1]), abs=6e-4)
+    same = CliRunner().invoke(world_target.app, ["difference", files[0], files[0]])
+    assert "+0.000 (+0.000 to +0.000), 400 rows" in same.output
