@@ -19,7 +19,19 @@ from world_data import (
 )
 from world_models import ROOT, Base, build_scheduler, build_text_encoder, build_unet, open_tokenizer, world
 from world_optimizer import Muon
-from world_training import Output, cosine, log_row, save_state, set_rate, update_average, velocity_loss
+from world_training import (
+    Device,
+    Output,
+    Workers,
+    cosine,
+    drawn_ahead,
+    log_row,
+    prepare,
+    save_state,
+    set_rate,
+    update_average,
+    velocity_loss,
+)
 
 
 def average_gradients(parameters: list[torch.Tensor], num_processes: int) -> None:
@@ -56,7 +68,7 @@ class BaseState:
         self.adamw.step()
 
     def load(self, path: Path) -> None:
-        state = torch.load(path, weights_only=True)
+        state = torch.load(path, weights_only=True, map_location="cpu")
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])
         self.muon.load_state_dict(state["muon"])
@@ -88,10 +100,11 @@ def base(
     ] = "0,0,0",
     shares: Annotated[str, typer.Option(help="of composition, text and style in a batch")] = "0.4,0.35,0.25",
     snapshot_every: Annotated[int, typer.Option(help="pictures between kept copies of the average")] = 50_000,
+    device: Device = "cpu",
+    workers: Workers = 0,
 ) -> None:
     """Trains text encoder and denoiser on all three tasks, a part of the captions being wrong."""
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
+    place = prepare(device)
     task_shares, task_confused = (
         dict(zip(world.TASKS, map(float, given.split(",")), strict=True)) for given in (shares, confused)
     )
@@ -103,36 +116,45 @@ def base(
     if num_processes > 1:
         torch.distributed.barrier()
     tokenizer = open_tokenizer(output / "tokenizer")
-    state = BaseState(open_weights(begin_from) if begin_from else Base(build_text_encoder(tokenizer), build_unet()))
+    model = open_weights(begin_from) if begin_from else Base(build_text_encoder(tokenizer), build_unet())
+    state = BaseState(model.to(place))
     if resume:
         state.load(output / "base.pt")
     pool, scheduler, parameters = Pool(output, tokenizer), build_scheduler(), list(state.model.parameters())
     began, first, total = time.time(), state.update, 0.0
-    while (seen := state.update * batch) < pictures:
-        rng = np.random.default_rng([3, state.update, rank])
-        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        decay = cosine((seen - decay_from) / (pictures - decay_from)) if 0 < decay_from < seen else 1.0
-        rate = learning_rate * min(1, (state.update + 1) / 100) * decay
-        latents, tokens = pool.draw(batch // num_processes, rng, task_shares, wrong=wrong, confused=task_confused)
-        loss = velocity_loss(state.model, scheduler, latents, tokens, generator)
-        state.model.zero_grad()
-        loss.backward()
-        average_gradients(parameters, num_processes)
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        state.step(rate)
-        state.update += 1
-        slowness = min(0.999, (state.update + 1) / (state.update + 10))
-        update_average(list(state.average.parameters()), parameters, slowness)
-        total += float(loss.detach())
-        if state.update % 100 == 0:
-            pool.scan()
+
+    def draw(update: int) -> tuple[int, np.ndarray, np.ndarray]:
+        rng = np.random.default_rng([3, update, rank])
+        seed = int(rng.integers(2**62))
+        drawn = pool.draw(batch // num_processes, rng, task_shares, wrong=wrong, confused=task_confused)
+        return seed, *(tensor.numpy() for tensor in drawn)
+
+    with drawn_ahead(draw, state.update, workers) as batches:
+        while (seen := state.update * batch) < pictures:
+            seed, *drawn = next(batches)
+            latents, tokens = (torch.from_numpy(array).to(place) for array in drawn)
+            decay = cosine((seen - decay_from) / (pictures - decay_from)) if 0 < decay_from < seen else 1.0
+            rate = learning_rate * min(1, (state.update + 1) / 100) * decay
+            generator = torch.Generator().manual_seed(seed)
+            loss = velocity_loss(state.model, scheduler, latents, tokens, generator)
+            state.model.zero_grad()
+            loss.backward()
+            average_gradients(parameters, num_processes)
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            state.step(rate)
+            state.update += 1
+            slowness = min(0.999, (state.update + 1) / (state.update + 10))
+            update_average(list(state.average.parameters()), parameters, slowness)
+            total += loss.detach()
+            if state.update % 100 == 0:
+                pool.scan()
+                if rank == 0:
+                    row = {"update": state.update, "pictures": state.update * batch, "loss": float(total) / 100}
+                    speed = (state.update - first) * batch / (time.time() - began)
+                    log_row(output, "base", **row, pictures_per_second=speed)
+                total = 0.0
             if rank == 0:
-                row = {"update": state.update, "pictures": state.update * batch, "loss": total / 100}
-                speed = (state.update - first) * batch / (time.time() - began)
-                log_row(output, "base", **row, pictures_per_second=speed)
-            total = 0.0
-        if rank == 0:
-            _keep(state, output, batch, snapshot_every)
+                _keep(state, output, batch, snapshot_every)
     if rank == 0:
         state.save(output / "base.pt")
     if num_processes > 1:
@@ -162,7 +184,7 @@ def assemble(output: Path, snapshot: str, weights: str = "average") -> Any:
 
     tokenizer = open_tokenizer(output / "tokenizer")
     model = Base(build_text_encoder(tokenizer), build_unet())
-    state = torch.load(output / f"{snapshot}.pt", weights_only=True)[weights]
+    state = torch.load(output / f"{snapshot}.pt", weights_only=True, map_location="cpu")[weights]
     model.load_state_dict(
         {key: value.float() for key, value in state.items() if value.is_floating_point()}, strict=False
     )
@@ -215,11 +237,12 @@ def curve(
     prompts: int = 128,
     guidance: Annotated[list[float] | None, typer.Option(help="default: 1, 2 and 4")] = None,
     steps: int = 20,
+    device: Device = "cpu",
 ) -> None:
     """Scores of kept copies on validation prompts, appended to <output>/curve.jsonl, and a sheet of samples."""
     torch.set_num_threads(1)
     for snapshot in snapshots:
-        pipe, sheet = assemble(output, snapshot), []
+        pipe, sheet = assemble(output, snapshot).to(device), []
         for scale in guidance or [1.0, 2.0, 4.0]:
             for task in world.TASKS:
                 scores, pictures = sample_scores(pipe, task, validation_rows(task, prompts), steps, scale)

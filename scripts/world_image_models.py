@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from world_models import world
@@ -15,9 +14,10 @@ STD = torch.tensor([0.26862954, 0.26130258, 0.27577711])
 WEIGHTS = "ip-adapter.safetensors"
 
 
-def normalized(picture: np.ndarray) -> torch.Tensor:
-    """(48, 48, 3) uint8 to (3, 48, 48), as CLIPImageProcessor gives it."""
-    return ((torch.from_numpy(picture).float() / 255 - MEAN) / STD).permute(2, 0, 1)
+def normalized(pictures: torch.Tensor) -> torch.Tensor:
+    """(..., 48, 48, 3) uint8 to (..., 3, 48, 48), as CLIPImageProcessor gives it."""
+    mean, std = MEAN.to(pictures.device), STD.to(pictures.device)
+    return ((pictures.float() / 255 - mean) / std).movedim(-1, -3)
 
 
 def build_image_encoder() -> nn.Module:
@@ -57,16 +57,23 @@ def adapter_weights(unet: nn.Module) -> dict[str, dict[str, torch.Tensor]]:
 
 
 class ImagePath(nn.Module):
-    """A pipeline with image encoder and adapter loaded by stock code; `trained` holds what the training moves."""
+    """A pipeline with image encoder and adapter loaded by stock code; `trained` holds what the training moves.
 
-    def __init__(self, pipe: Any) -> None:
+    `begin_from` is a folder of `save_image_path`. With `denoiser` the denoiser's own weights are moved as well.
+    """
+
+    def __init__(self, pipe: Any, *, begin_from: Path | None = None, denoiser: bool = False) -> None:
         super().__init__()
-        pipe.register_modules(image_encoder=build_image_encoder(), feature_extractor=None)
-        pipe.load_ip_adapter(adapter_weights(pipe.unet), subfolder="", weight_name="")
+        if begin_from is None:
+            pipe.register_modules(image_encoder=build_image_encoder(), feature_extractor=None)
+            pipe.load_ip_adapter(adapter_weights(pipe.unet), subfolder="", weight_name="")
+        else:
+            pipe.load_ip_adapter(str(begin_from), subfolder="", weight_name=WEIGHTS)
         self.unet, self.text_encoder = pipe.unet, pipe.text_encoder
         processors = [p for p in pipe.unet.attn_processors.values() if isinstance(p, nn.Module)]
         parts = {"encoder": pipe.image_encoder, "projection": pipe.unet.encoder_hid_proj}
-        self.trained = nn.ModuleDict(parts | {"attention": nn.ModuleList(processors)})
+        parts |= {"attention": nn.ModuleList(processors)} | ({"denoiser": pipe.unet} if denoiser else {})
+        self.trained = nn.ModuleDict(parts)
         self.trained.requires_grad_(True).train()
 
     def encode(self, pictures: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -20,7 +20,7 @@ from world_models import (
     build_vae,
     world,
 )
-from world_training import Output, cosine, log_row, save_state, set_rate, update_average
+from world_training import Device, Output, cosine, log_row, save_state, set_rate, update_average
 
 
 def vae_loss(vae: torch.nn.Module, pictures: torch.Tensor) -> torch.Tensor:
@@ -113,19 +113,20 @@ def encode(
     output: Output,
     shard: Annotated[int, typer.Option(help="number of the shard, one digit; also its seed")] = 0,
     pictures: Annotated[int, typer.Option(help="pictures in it")] = 9_000,
+    device: Device = "cpu",
 ) -> None:
     """Writes latents of rendered scenes, latents-<shard>.npz; a running base training picks new shards up."""
     from diffusers import AutoencoderKL
 
     torch.set_num_threads(1)
-    model = AutoencoderKL.from_pretrained(output / "vae").requires_grad_(False)
+    model = AutoencoderKL.from_pretrained(output / "vae").requires_grad_(False).to(device)
     rng = np.random.default_rng([7, shard])
     tasks = rng.choice(world.TASKS, pictures, p=[TASK_SHARES[task] for task in world.TASKS])
     scenes, latents = [world.sample_scene(task, rng) for task in tasks], []
     for first in range(0, pictures, 50):
         pixels = np.stack([world.render(scene) for scene in scenes[first : first + 50]])
-        batch = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
-        latents.append((model.encode(batch).latent_dist.mean * model.config.scaling_factor).half().numpy())
+        batch = torch.from_numpy(pixels).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+        latents.append((model.encode(batch).latent_dist.mean * model.config.scaling_factor).half().cpu().numpy())
     path = output / f"latents-{shard}.tmp.npz"
     np.savez(path, latents=np.concatenate(latents), scenes=np.array(json.dumps(scenes)))
     path.rename(output / f"latents-{shard}.npz")

@@ -74,7 +74,7 @@ def test_objects_of_the_demonstration_and_things_are_never_among_training_drawin
 def test_training_sees_pictures_as_the_stock_processor_gives_them(made):
     picture = np.random.default_rng(0).integers(0, 256, (48, 48, 3), dtype=np.uint8)
     expected = made.pipe.feature_extractor(Image.fromarray(picture), return_tensors="pt").pixel_values[0]
-    assert torch.allclose(made.world_image_models.normalized(picture), expected, atol=1e-5)
+    assert torch.allclose(made.world_image_models.normalized(torch.from_numpy(picture)), expected, atol=1e-5)
 
 
 @torch.no_grad()
