@@ -35,8 +35,9 @@ FREE_TO_CHANGE = {
     "train.report_to",
     "train.attention_backend",
 }
+LOCK = ".lock"  # of the process at work here; one that was killed leaves it behind, unlocked
 # What may lie in the folder before its run: a task made from pictures, and what is found out before the first update.
-PREPARED = {"task", "teacher-check.png", "teacher-check.json", "cost.json"}
+PREPARED = {LOCK, "task", "teacher-check.png", "teacher-check.json", "cost.json"}
 BEGUN = ("recipe.toml", "recipe.json")
 SCHEDULE = {"train.max_train_steps", "train.max_train_seconds"}  # a cosine falls towards them: fixed under it
 
