@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -67,8 +69,9 @@ def distill(
     read = read_recipe(recipe, _options(overrides, output_dir))
     if dry_run:
         _show_plan(read)
-    else:
-        _train(read, processes)
+        return
+    with _at_work(read.output_dir) as lock:
+        _train(read, processes, lock)
 
 
 @app.command()
@@ -120,13 +123,13 @@ def tune(
         return
     check_features(asked)
     tuning = prepare(asked)
-    with task_written(tuning):
+    with _at_work(tuning.recipe.output_dir) as lock, task_written(tuning):
         _show_facts(facts(tuning))
         from diffopd.looks import begin_looking
         from diffopd.prior import draw_prior
 
         draw_prior(tuning, typer.echo)
-        _train(tuning.recipe, processes, begin_looking(tuning, force=force))
+        _train(tuning.recipe, processes, lock, begin_looking(tuning, force=force))
 
 
 @app.command()
@@ -162,19 +165,20 @@ def teach(
 
         Console().print(render_teach(found))
         return
-    count = int(os.environ.get("WORLD_SIZE", processes))
-    folder = _run_folder(read, found.hashes, count)
-    if count > 1 and "WORLD_SIZE" not in os.environ:
-        from diffopd.launch import launch
+    with _at_work(read.output_dir) as lock:
+        count = int(os.environ.get("WORLD_SIZE", processes))
+        folder = _run_folder(read, found.hashes, count)
+        if count > 1 and "WORLD_SIZE" not in os.environ:
+            from diffopd.launch import launch
 
-        raise typer.Exit(launch(count, sys.argv[1:]))
-    from diffopd.teach import teach as train
+            raise typer.Exit(launch(count, sys.argv[1:], lock))
+        from diffopd.teach import teach as train
 
-    if not train(read, folder):
-        raise typer.Exit(130)
-    if _is_main():
-        made = write_weights(read, folder, overwrite=overwrite) if write else folder.latest_checkpoint()
-        typer.echo(f"Done: the teacher's weights are in {made}.")
+        if not train(read, folder):
+            raise typer.Exit(130)
+        if _is_main():
+            made = write_weights(read, folder, overwrite=overwrite) if write else folder.latest_checkpoint()
+            typer.echo(f"Done: the teacher's weights are in {made}.")
 
 
 @app.command()
@@ -277,13 +281,23 @@ def _options(overrides: list[str] | None, output_dir: Path | None) -> list[str]:
     return list(overrides or []) + ([f"output_dir={json.dumps(str(output_dir))}"] if output_dir else [])
 
 
-def _train(recipe: Any, processes: int, begin: Any = None) -> None:
-    """Check a recipe, run it to its end in this many processes, evaluate, export, report."""
-    from diffopd.preflight import check
+def _at_work(folder: Path | str) -> AbstractContextManager[int | None]:
+    """A checked run folder, this process's own while open; those that work for another process have its lock."""
+    from diffopd.launch import LAUNCHED
+    from diffopd.lock import at_work
     from diffopd.run_folder import RunFolder
 
+    path = RunFolder.at(folder).path
+    if LAUNCHED in os.environ or not _is_main():
+        return nullcontext()
+    return at_work(path, partial(typer.secho, fg=typer.colors.YELLOW, err=True))
+
+
+def _train(recipe: Any, processes: int, lock: int | None, begin: Any = None) -> None:
+    """Check a recipe, run it to its end in this many processes, evaluate, export, report."""
+    from diffopd.preflight import check
+
     _quiet_libraries()
-    RunFolder.at(recipe.output_dir)
     parts = check(recipe, hash_weights=True)
     count = int(os.environ.get("WORLD_SIZE", processes))
     if _is_finished(recipe, parts.hashes, count):
@@ -292,7 +306,7 @@ def _train(recipe: Any, processes: int, begin: Any = None) -> None:
     if count > 1 and "WORLD_SIZE" not in os.environ:
         from diffopd.launch import launch
 
-        raise typer.Exit(launch(count, sys.argv[1:]))
+        raise typer.Exit(launch(count, sys.argv[1:], lock))
     from diffopd.distill import distill as train
 
     ended = train(recipe, folder, begin)

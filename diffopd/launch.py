@@ -12,24 +12,26 @@ from types import FrameType
 
 POLL_SECONDS = 0.2
 GRACE_SECONDS = 30.0
+LAUNCHED = "DIFFOPD_LAUNCHED"  # set in the environment of processes that were started here
 
 
 class _Terminated(Exception):
     """SIGTERM has come."""
 
 
-def launch(count: int, arguments: list[str]) -> int:
+def launch(count: int, arguments: list[str], lock: int | None = None) -> int:
     """Run `diffopd ARGUMENTS` in `count` processes of one group; returns the first failure's exit code, else 0.
 
     Only the first process writes to the terminal, errors of all come through. When one fails the others are ended:
     they would wait for it for ever. Ctrl-C reaches all of them (one terminal); they finish their update, save and
     stop by themselves, and a second one ends them. SIGTERM reaches this process alone, which passes it on (143).
+    lock: descriptor of the run folder's lock (`at_work`), which they hold with this process, and without it if need be.
     """
     signal.signal(signal.SIGTERM, _terminate)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    group = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    group = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), LAUNCHED: "1"}
     share = str(max(1, (os.cpu_count() or 1) // count))  # threads of processes that fight over cores are far slower
     command = [sys.executable, "-m", "diffopd.cli", *arguments]
     started = [
@@ -37,6 +39,7 @@ def launch(count: int, arguments: list[str]) -> int:
             command,
             env={"OMP_NUM_THREADS": share, **os.environ, **group, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=None if rank == 0 else subprocess.DEVNULL,
+            pass_fds=() if lock is None else (lock,),
         )
         for rank in range(count)
     ]

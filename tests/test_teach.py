@@ -18,7 +18,8 @@ from diffopd import teach as loop
 from diffopd.cli import app
 from diffopd.errors import UserError
 from diffopd.load import load_pipeline
-from diffopd.run_folder import RunFolder
+from diffopd.lock import at_work
+from diffopd.run_folder import LOCK, RunFolder
 from diffopd.teach_check import check_teach
 from diffopd.teach_recipe import read_teach_recipe
 from diffopd.teach_run import assemble_run
@@ -255,6 +256,14 @@ def test_weights_go_into_the_teachers_folder_only_when_asked_and_never_over_othe
     assert command(folder, *options).exit_code == 0
     assert target.read_bytes() != before and teacher_card(str(folder), folder).digest()
     assert command(folder, *place, "--overwrite").exit_code == 2
+
+
+def test_a_folder_in_which_another_process_works_is_refused(folder):
+    write(folder)
+    with at_work(folder.parent / "run", print):
+        shown = command(folder, "--output-dir", folder.parent / "run")
+        assert shown.exit_code == 2 and "is in use" in shown.stderr
+        assert [path.name for path in (folder.parent / "run").iterdir()] == [LOCK]
 
 
 def test_a_full_teacher_is_taught_and_written_with_its_config(folder):

@@ -19,9 +19,10 @@ from diffopd import distill as loop
 from diffopd.data import PromptRow
 from diffopd.drawing import grid, sharpness
 from diffopd.errors import UserError
+from diffopd.lock import at_work
 from diffopd.looks import Looks, compare, cut_captions, is_collapsed
 from diffopd.preflight import check
-from diffopd.run_folder import RunFolder
+from diffopd.run_folder import LOCK, RunFolder
 from diffopd.teacher import load_reward
 from diffopd.teacher_check import Verdict, check_teacher, not_step_distilled
 from diffopd.tune import prepare, task_written, write_task
@@ -465,6 +466,16 @@ def test_the_command_prints_the_plan_and_writes_nothing(tiny_sd, pictures, tmp_p
     result = run_cli("tune", "--model", str(tiny_sd), "--images", str(pictures), *sets)
     assert result.exit_code == 2 and "metadata.jsonl:2" in result.output and not (tmp_path / "runs").exists()
     assert "Nothing to tune" in run_cli("tune", "--model", str(tiny_sd)).output
+
+
+def test_a_folder_in_which_another_process_works_gets_no_task(tiny_sd, pictures, tmp_path):
+    sets = [part for option in SMALL for part in ("--set", option)]
+    with at_work(tmp_path / "run", print):
+        result = run_cli(
+            "tune", "--model", str(tiny_sd), "--images", str(pictures), *sets, "--output-dir", str(tmp_path / "run")
+        )
+        assert result.exit_code == 2 and "is in use" in result.stderr
+        assert [path.name for path in (tmp_path / "run").iterdir()] == [LOCK]
 
 
 def test_the_command_goes_the_whole_road(tiny_sd, pictures, tmp_path, ip_options):
