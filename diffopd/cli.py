@@ -195,7 +195,8 @@ def evaluate(
     _quiet_libraries()
     from diffopd.evaluate import evaluate_run
 
-    scores = evaluate_run(path, everything=everything)
+    with _at_work(path):
+        scores = evaluate_run(path, everything=everything)
     _show_scores(scores)
 
 
@@ -229,13 +230,14 @@ def export(
 
     if push_to_hub:
         check_push(push_to_hub)
-    target = export_run(path, [str(name) for name in formats or []], tell=typer.echo, push_to=push_to_hub)
+    with _at_work(path):
+        target = export_run(path, [str(name) for name in formats or []], tell=typer.echo, push_to=push_to_hub)
     typer.echo(f"{target / 'README.md'} says how to load each.")
 
 
 @app.command()
 def report(run: RunArgument) -> None:
-    """Write report.html of a run, one self-contained page."""
+    """Write report.html of a run, one self-contained page; of what is there so far, also while it trains."""
     from diffopd.run_folder import RunFolder
 
     path = RunFolder.open(run).path
