@@ -1,4 +1,4 @@
-"""Shared fixtures. One thread and no network, set before torch is imported by anyone."""
+"""Shared fixtures. One thread, no network and, unless CUDA_VISIBLE_DEVICES is given, no GPU, set before torch is there."""
 
 import os
 import shutil
@@ -7,6 +7,7 @@ from pathlib import Path
 
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", NO_COLOR="1")
 os.environ.setdefault("COLUMNS", "120")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # many tests hold numbers to the last bit, which is the CPU's
 sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest  # noqa: E402
