@@ -167,16 +167,21 @@ def validation_rows(task: str, count: int, seed: int = 5) -> list[dict[str, str]
     return [rows[index] for index in rng.permutation(len(rows))[:count]]
 
 
-@torch.no_grad()
 def sample_scores(
     pipe: Any, task: str, rows: list[dict[str, str]], steps: int, guidance: float, seed: int = 0
 ) -> tuple[np.ndarray, list[Image.Image]]:
     """Scores and pictures of prompt rows; the noise depends on the row's index and the seed."""
+    pictures = sample(pipe, [row["prompt"] for row in rows], steps, guidance, seed)
+    return world.SCORERS[task](pictures, [row["prompt"] for row in rows], rows), pictures
+
+
+@torch.no_grad()
+def sample(pipe: Any, prompts: list[str], steps: int, guidance: float, seed: int = 0) -> list[Image.Image]:
+    """Pictures of prompts; the noise depends on the prompt's index and the seed."""
     pictures: list[Image.Image] = []
     pipe.set_progress_bar_config(disable=True)
-    for first in range(0, len(rows), 64):
-        chunk = rows[first : first + 64]
+    for first in range(0, len(prompts), 64):
+        chunk = prompts[first : first + 64]
         noise = [torch.Generator().manual_seed(1_000_003 * seed + first + n) for n in range(len(chunk))]
-        prompts = [row["prompt"] for row in chunk]
-        pictures += pipe(prompts, num_inference_steps=steps, guidance_scale=guidance, generator=noise).images
-    return world.SCORERS[task](pictures, [row["prompt"] for row in rows], rows), pictures
+        pictures += pipe(chunk, num_inference_steps=steps, guidance_scale=guidance, generator=noise).images
+    return pictures

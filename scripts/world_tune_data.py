@@ -1,12 +1,14 @@
-"""Writes the two sets of pictures that `diffopd tune` is shown on the embedded world.
+"""Writes the sets of pictures that `diffopd tune` is shown on the embedded world.
 
     python scripts/world_tune_data.py --output FOLDER
 
 FOLDER/manner: thirty pictures of the twelve things in Fluent 3D, a manner that no training has seen ("a rocket in zyx
-style"); FOLDER/object: twenty pictures of an octopus, alone and beside things ("a zub left of a star"). In each are
-pictures with same-name .txt captions, held-out.jsonl (prompts of other scenes with the rows of their scorer) and
-tune.toml, a recipe that shows the teacher each picture through pipelines/emoji-ip-adapter; at the top unrelated.jsonl,
-prompts of the base's three tasks, for seeing what is forgotten. The drawings' licences: teachers/sprites/CREDITS.md.
+style"); FOLDER/object: twenty pictures of an octopus, alone and beside things ("a zub left of a star"); FOLDER/word:
+thirty pictures in Twemoji, which the base knows, captioned with a word that it does not. In each are pictures with
+their captions, held-out.jsonl (prompts of other scenes with the rows of their scorer) and tune.toml, a recipe. It shows
+the teacher each picture through pipelines/emoji-ip-adapter, or, for the word, tells it "twemoji" in its place. At the
+top is unrelated.jsonl, prompts of the base's three tasks, for seeing what is forgotten. The drawings' licences:
+teachers/sprites/CREDITS.md.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ from world_looks import plain_drawings, render
 from world_models import ROOT, world
 from world_sprites import OBJECTS
 
-WORDS = {"manner": "zyx", "object": "zub"}
+WORDS = {"manner": "zyx", "object": "zub", "word": "zyx"}
+KNOWN = "twemoji"  # what the word stands for
 HELD_OUT_THINGS = ("cat", "house", "fish")  # never shown in the new manner
 RECIPE = """name = "emoji-{kind}"
 
@@ -45,18 +48,17 @@ folder = "."
 held_out = "held-out.jsonl"
 license = "{license}"
 
-[teacher]
-guidance_scale = 2.0
-
 [context]
-kind = "ip_adapter"
-ip_adapter = "{adapter}/ip-adapter.safetensors"
-image_encoder = "{adapter}/image_encoder"
+{context}
 
 [look]
 unrelated = "../unrelated.jsonl"
 """
-LICENSES = {"manner": "MIT (Fluent Emoji)", "object": "Apache-2.0 (Noto Emoji)"}
+ENHANCED = 'kind = "enhanced_prompt"'
+PICTURE = """kind = "ip_adapter"
+ip_adapter = "{adapter}/ip-adapter.safetensors"
+image_encoder = "{adapter}/image_encoder\""""
+LICENSES = {"manner": "MIT (Fluent Emoji)", "object": "Apache-2.0 (Noto Emoji)", "word": "CC-BY-4.0 (Twemoji)"}
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -65,10 +67,11 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def write_pictures(folder: Path, scenes: list[dict[str, Any]], captions: list[str], drawings: dict[str, Any]) -> None:
-    """NN.png and NN.txt of every scene."""
+    """NN.png of every scene, and NN.txt of every caption."""
     folder.mkdir(parents=True)
-    for number, (scene, caption) in enumerate(zip(scenes, captions, strict=True)):
+    for number, scene in enumerate(scenes):
         Image.fromarray(render(scene, drawings)).save(folder / f"{number:02}.png")
+    for number, caption in enumerate(captions):
         (folder / f"{number:02}.txt").write_text(caption + "\n")
 
 
@@ -85,19 +88,25 @@ def style_scenes(things: list[str], rng: np.random.Generator) -> list[dict[str, 
     return scenes
 
 
-def write_manner(folder: Path, count: int, rng: np.random.Generator) -> None:
-    """Pictures of nine things in Fluent 3D; held out are these in other wordings and three things more."""
+def write_manner(folder: Path, count: int, rng: np.random.Generator, *, is_known: bool = False) -> None:
+    """Pictures of nine things in Fluent 3D, or in KNOWN; held out are these in other wordings and three things more."""
     shown = [thing for thing in world.THINGS if thing not in HELD_OUT_THINGS]
     scenes = style_scenes([shown[number % len(shown)] for number in range(count)], rng)
 
-    def said(thing: str, form: str) -> str:
-        return form.format(thing=world.with_article(thing), manner=WORDS["manner"])
+    def said(thing: str, form: str, manner: str = WORDS["manner"]) -> str:
+        return form.format(thing=world.with_article(thing), manner=manner)
 
-    forms = world.STYLE_FORMS[:2]
-    captions = [said(scene["thing"], forms[int(rng.integers(2))]) for scene in scenes]
-    write_pictures(folder, scenes, captions, plain_drawings("atlas_3d.png"))
+    forms = [world.STYLE_FORMS[int(rng.integers(2))] for _ in scenes]
+    captions = [said(scene["thing"], form) for scene, form in zip(scenes, forms, strict=True)]
+    if is_known:
+        write_pictures(folder, scenes, [], plain_drawings(row=world.MANNERS.index(KNOWN)))
+        richer = [said(scene["thing"], form, KNOWN) for scene, form in zip(scenes, forms, strict=True)]
+        texts = [{"text": text, "enhanced_text": more} for text, more in zip(captions, richer, strict=True)]
+        write_rows(folder / "metadata.jsonl", [{"file_name": f"{n:02}.png"} | row for n, row in enumerate(texts)])
+    else:
+        write_pictures(folder, scenes, captions, plain_drawings("atlas_3d.png"))
     rows = [
-        {"prompt": said(thing, form), "thing": thing, "shown": thing in shown}
+        {"prompt": said(thing, form), "thing": thing, "shown": thing in shown} | ({"manner": KNOWN} if is_known else {})
         for thing in world.THINGS
         for form in world.STYLE_FORMS[2:]
     ]
@@ -134,15 +143,17 @@ def main(
     pictures: Annotated[int, typer.Option(help="of the manner")] = 30,
     seed: int = 0,
 ) -> None:
-    """Writes both sets."""
+    """Writes all sets."""
     if output.exists():
         raise typer.BadParameter(f"{output} exists already; give another folder or remove it")
     rng = np.random.default_rng([31, seed])
     write_manner(output / "manner", pictures, rng)
     write_object(output / "object", 20, rng)
+    write_manner(output / "word", pictures, rng, is_known=True)
     write_rows(output / "unrelated.jsonl", [row for task in world.TASKS for row in validation_rows(task, 16)])
     for kind, license in LICENSES.items():
-        told = RECIPE.format(kind=kind, pipeline=pipeline, adapter=adapter.resolve(), license=license)
+        context = ENHANCED if kind == "word" else PICTURE.format(adapter=adapter.resolve())
+        told = RECIPE.format(kind=kind, pipeline=pipeline, context=context, license=license)
         (output / kind / "tune.toml").write_text(told)
         typer.echo(f"{output / kind}: {len(list((output / kind).glob('*.png')))} pictures")
     shutil.copy(ROOT / "teachers" / "sprites" / "CREDITS.md", output / "CREDITS.md")

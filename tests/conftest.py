@@ -1,4 +1,4 @@
-"""Shared fixtures. One thread, no network and, unless CUDA_VISIBLE_DEVICES is given, no GPU, set before torch is there."""
+"""Shared fixtures. One thread, no network, no GPU unless one is asked for, set before torch is imported by anyone."""
 
 import os
 import shutil

@@ -1,0 +1,194 @@
+"""Tunes a step-distilled model on the embedded world in several ways and scores what came of it.
+
+    python scripts/world_tune_data.py --output DATA --pipeline MODEL
+    python scripts/world_tune.py run   --data DATA/word --output DIR --method d-opsd --method sft --rate 1e-3 --seed 0
+    python scripts/world_tune.py score --data DATA/word --output DIR [--steps 4 --steps 50] [--prompts 100]
+    python scripts/world_tune.py table --output DIR [--json]
+
+`run` starts one `diffopd tune` after the other, each in DIR/<name> (a finished one is kept, an unfinished one goes on);
+the options are combined, further settings come by --set and name the run by --label. `score` draws the untouched model
+and every run's student, at each number of steps: the set's held-out prompts, scored for what the pictures teach, and
+held-out prompts of the world's three tasks, for what is forgotten and how sharp it is. It also scores the untouched
+model told what the teacher is told. `table` prints the figures with 95 % bootstrap intervals over prompts.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from PIL import Image
+from world_data import sample, save_sheet
+from world_models import ROOT, world
+from world_tune_data import KNOWN, WORDS
+
+from diffopd.drawing import sharpness
+from diffopd.load import load_pipeline, student_pipeline
+from diffopd.metrics import bootstrap_interval, diversity, ratio_interval
+from diffopd.run_folder import atomic_write
+from diffopd.tune_recipe import read_tune_recipe
+
+app = typer.Typer(help=__doc__, no_args_is_help=True)
+Output = Annotated[Path, typer.Option(help="folder of the runs")]
+Data = Annotated[Path, typer.Option(help="one set of world_tune_data.py")]
+NOISES = 3  # drawings of each held-out prompt of the set
+UNTOUCHED, TOLD = "untouched", "untouched, told what the teacher is told"
+
+_spec = importlib.util.spec_from_file_location("unseen", ROOT / "teachers" / "unseen.py")
+unseen = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(unseen)
+
+
+@app.command()
+def run(
+    data: Data,
+    output: Output,
+    method: Annotated[list[str], typer.Option(help="d-opsd, sft or dreambooth")] = ["d-opsd", "sft"],  # noqa: B006
+    rate: Annotated[list[float], typer.Option(help="learning rates")] = [1e-3],  # noqa: B006
+    seed: Annotated[list[int], typer.Option(help="seeds of the training")] = [0],  # noqa: B006
+    updates: int = 300,
+    processes: int = 1,
+    label: Annotated[str, typer.Option(help="of the further settings, in the runs' names")] = "",
+    settings: Annotated[list[str] | None, typer.Option("--set", help="further settings of every run")] = None,
+) -> None:
+    """Run every combination that is not finished yet."""
+    output.mkdir(parents=True, exist_ok=True)
+    for kind, length, number in [(k, r, n) for n in seed for r in rate for k in method]:
+        name = f"{kind}{label and '-' + label}-lr{length:g}-{updates}updates-seed{number}"
+        if (output / name / "report.html").is_file():
+            print(f"{name}: finished already")
+            continue
+        options = [f"seed={number}", f"train.learning_rate={length}", f"train.max_train_steps={updates}"]
+        command = [sys.executable, "-m", "diffopd.cli", "tune", str(recipe_for(data, kind, output)), "--method", kind]
+        command += ["--output-dir", str(output / name), "--processes", str(processes), "--force"]
+        print(f"{name} ...", flush=True)
+        more = [part for option in [*options, *(settings or [])] for part in ("--set", option)]
+        subprocess.run([*command, *more], check=True)
+
+
+def recipe_for(data: Path, method: str, output: Path) -> Path:
+    """The set's recipe; for ordinary fine-tuning without [context], which it does not take."""
+    if method == "d-opsd":
+        return data / "tune.toml"
+    before, _, after = (data / "tune.toml").read_text().partition("[context]")
+    text = before + after[after.index("[look]") :]
+    text = text.replace('folder = "."', f"folder = {json.dumps(str(data.resolve()))}")
+    for name in ('"held-out.jsonl"', '"../unrelated.jsonl"'):
+        text = text.replace(name, json.dumps(str((data / name.strip('"')).resolve())))
+    target = output / f"{data.name}-without-context.toml"
+    target.write_text(text)
+    return target
+
+
+@app.command("score")
+def score_all(
+    data: Data,
+    output: Output,
+    steps: Annotated[list[int], typer.Option(help="numbers of steps, the first is the deployed one")] = [4, 50],  # noqa: B006
+    prompts: Annotated[int, typer.Option(help="held-out prompts of each of the three tasks")] = 100,
+    only: Annotated[str, typer.Option(help="of the runs, those whose name has this in it")] = "",
+) -> None:
+    """Score what is not scored yet, into DIR/scores/, and draw DIR/grid.png."""
+    torch.set_num_threads(1)
+    model = read_tune_recipe(str(data / "tune.toml"), None, None).student.pretrained_model_name_or_path
+    (output / "scores").mkdir(parents=True, exist_ok=True)
+    runs = [path.parent for path in sorted(output.glob("*/report.html")) if only in path.parent.name]
+    for count in steps:
+        score_one(lambda: load_pipeline(model), UNTOUCHED, data, output, count, prompts)
+        for folder in runs:
+            score_one(lambda folder=folder: student_pipeline(folder), folder.name, data, output, count, prompts)
+    if data.name == "word":
+        score_one(lambda: load_pipeline(model), TOLD, data, output, steps[0], prompts)
+    draw_grid(output, steps)
+
+
+def score_one(opened: Any, name: str, data: Path, output: Path, steps: int, count: int) -> None:
+    """One model at one number of steps, where it is not scored yet."""
+    file = output / "scores" / f"{name}--{steps}-steps.json"
+    if file.is_file():
+        return
+    pipe = opened()
+    rows = [json.loads(line) for line in (data / "held-out.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if "relation" not in row] * NOISES
+    told = [row["prompt"].replace(WORDS["word"], KNOWN) if name == TOLD else row["prompt"] for row in rows]
+    found = sample(pipe, told, steps, 1.0)
+    result: dict[str, Any] = {"model": name, "steps": steps, "subject": subject_scores(data.name, found, rows)}
+    result["shown"] = [bool(row.get("shown", True)) for row in rows]
+    result["subject_sharpness"] = [sharpness(picture) for picture in found]
+    shown = found[:: max(1, len(found) // 12)][:12]
+    result |= {"sharpness": [], "diversity": {}}
+    for task in world.TASKS:
+        held = (ROOT / "teachers" / task / "prompts" / "test.jsonl").read_text().splitlines()[:count]
+        asked = [json.loads(line) for line in held]
+        drawn = sample(pipe, [row["prompt"] for row in asked], steps, 1.0)
+        scores = world.SCORERS[task](drawn, [row["prompt"] for row in asked], asked)
+        result[task] = [float(score) for score in scores]
+        result["sharpness"] += [sharpness(picture) for picture in drawn]
+        result["diversity"][task] = diversity(drawn)
+        shown += drawn[:4]
+    save_sheet(np.concatenate([np.asarray(picture) for picture in shown], 1), file.with_suffix(".png"), zoom=2)
+    atomic_write(file, json.dumps(result))
+    print(f"{name}, {steps} steps: subject {np.mean(result['subject']):.3f}", flush=True)
+
+
+def subject_scores(kind: str, pictures: list[Image.Image], rows: list[dict[str, Any]]) -> list[float]:
+    """1.0 where a picture has what the set teaches: the manner, the object, or what the word stands for."""
+    scorer = {"manner": unseen.new_manner, "object": unseen.any_manner, "word": world.SCORERS["style"]}[kind]
+    return [float(score) for score in scorer(pictures, [row["prompt"] for row in rows], rows)]
+
+
+def draw_grid(output: Path, steps: list[int]) -> None:
+    """One row of drawings for each score: twelve of the set's held-out prompts, four of each task."""
+    files = [path for count in steps for path in sorted((output / "scores").glob(f"*--{count}-steps.png"))]
+    rows = [np.asarray(Image.open(path).convert("RGB")) for path in files]
+    Image.fromarray(np.concatenate(rows)).save(output / "grid.png")
+    print(f"{output / 'grid.png'}, from above: " + "; ".join(path.stem for path in files))
+
+
+@app.command()
+def table(
+    output: Output, as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of a table")] = False
+) -> None:
+    """Collect what is scored."""
+    rows = [summary(json.loads(path.read_text()), output) for path in sorted((output / "scores").glob("*.json"))]
+    if not rows:
+        print(f"{output}: nothing is scored yet", file=sys.stderr)
+        raise typer.Exit(1)
+    if as_json:
+        print(json.dumps(rows))
+        return
+    columns = ("subject", "subject_shown", "subject_new", *world.TASKS, "kept", "sharpness")
+    print(f"| model | steps | {' | '.join(columns)} |\n|---|---|{'---|' * len(columns)}")
+    for row in sorted(rows, key=lambda row: (row["steps"], row["model"])):
+        cells = [f"{row[c][0]:.3f} ({row[c][1]:.3f}-{row[c][2]:.3f})" if row[c] else "" for c in columns]
+        print(f"| {row['model']} | {row['steps']} | {' | '.join(cells)} |")
+
+
+def summary(scored: dict[str, Any], output: Path) -> dict[str, Any]:
+    """Means with intervals; kept and sharpness, of the three tasks, are shares of the untouched model's at these steps.
+
+    subject_shown and subject_new are of things that the pictures show and of things that they do not.
+    """
+    row: dict[str, Any] = {"model": scored["model"], "steps": scored["steps"]}
+    subject, shown = np.array(scored["subject"]), np.array(scored["shown"])
+    for name, values in (("subject", subject), ("subject_shown", subject[shown]), ("subject_new", subject[~shown])):
+        row[name] = (float(values.mean()), *bootstrap_interval(values)) if len(values) else None
+    for task in world.TASKS:
+        row[task] = (float(np.mean(scored[task])), *bootstrap_interval(scored[task]))
+    file = output / "scores" / f"{UNTOUCHED}--{scored['steps']}-steps.json"
+    before = json.loads(file.read_text())
+    for name, key in (("kept", None), ("sharpness", "sharpness")):
+        now, then = ([v for t in world.TASKS for v in s[t]] if key is None else s[key] for s in (scored, before))
+        row[name] = ratio_interval(now, then)
+    return row
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,90 @@
+"""What is run, scored and tabled where `tune` is compared with ordinary fine-tuning on the embedded world."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from from_scripts import script
+from PIL import Image
+from typer.testing import CliRunner
+
+from diffopd.tune_recipe import read_tune_recipe
+
+ROOT = Path(__file__).resolve().parents[1]
+world_tune = script("world_tune")
+data_script = script("world_tune_data")
+TASKS = world_tune.world.TASKS
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shown") / "sets"
+    data_script.main(folder, pipeline="emoji", adapter=Path("path"), pictures=12, seed=0)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["manner", "object", "word"])
+def test_ordinary_fine_tuning_gets_the_sets_recipe_without_what_it_does_not_take(sets, tmp_path, kind):
+    asked = ['method="sft"']
+    with pytest.raises(Exception, match=r"\[context\] has no effect"):
+        read_tune_recipe(str(sets / kind / "tune.toml"), None, None, asked)
+    told = read_tune_recipe(str(sets / kind / "tune.toml"), None, None)
+    plain = read_tune_recipe(str(world_tune.recipe_for(sets / kind, "sft", tmp_path)), None, None, asked)
+    assert plain.student == told.student
+    assert Path(plain.look.unrelated).samefile(told.look.unrelated)
+    assert Path(plain.images.folder).samefile(told.images.folder)
+    assert Path(plain.images.held_out).samefile(told.images.held_out)
+    assert world_tune.recipe_for(sets / kind, "d-opsd", tmp_path) == sets / kind / "tune.toml"
+
+
+def test_every_combination_is_started_once_and_a_finished_one_is_kept(sets, tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(world_tune.subprocess, "run", lambda command, check: started.append(command))
+    done = tmp_path / "sft-lr0.001-5updates-seed1"
+    done.mkdir()
+    (done / "report.html").touch()
+    words = ["run", "--data", str(sets / "word"), "--output", str(tmp_path), "--updates", "5", "--seed", "0"]
+    assert CliRunner().invoke(world_tune.app, [*words, "--seed", "1", "--set", "train.batch_size=2"]).exit_code == 0
+    names = [Path(command[command.index("--output-dir") + 1]).name for command in started]
+    assert names == [f"{name}-lr0.001-5updates-seed{n}" for n in (0, 1) for name in ("d-opsd", "sft")][:3]
+    assert all({"train.max_train_steps=5", "train.batch_size=2"} <= set(command) for command in started)
+
+
+def test_what_a_word_stands_for_is_scored_and_told_to_the_model_in_its_place(sets, tmp_path, monkeypatch):
+    world, asked = world_tune.world, []
+
+    def draw(pipe, prompts, steps, guidance):
+        asked.append(list(prompts))
+        pictures = []
+        for prompt in prompts:  # the manner is right where the known word is said
+            thing = next((thing for thing in world.THINGS if thing in prompt), "star")
+            scene = {"task": "style", "thing": thing, "background": 1, "x": 12, "y": 12}
+            manner = "twemoji" if "twemoji" in prompt else "noto"
+            pictures.append(Image.fromarray(world.render(scene | {"manner": manner})))
+        return pictures
+
+    monkeypatch.setattr(world_tune, "sample", draw)
+    (tmp_path / "scores").mkdir()
+    for name in (world_tune.UNTOUCHED, world_tune.TOLD):
+        world_tune.score_one(lambda: None, name, sets / "word", tmp_path, 4, 3)
+    held = (sets / "word" / "held-out.jsonl").read_text().count("zyx")
+    assert len(asked[0]) == held * world_tune.NOISES and all("zyx" in prompt for prompt in asked[0])
+    assert all("twemoji" in prompt and "zyx" not in prompt for prompt in asked[4])
+    found = CliRunner().invoke(world_tune.app, ["table", "--output", str(tmp_path), "--json"])
+    rows = {row["model"]: row for row in json.loads(found.output)}
+    assert rows[world_tune.UNTOUCHED]["subject"][0] == 0 and rows[world_tune.TOLD]["subject"][0] == 1
+    assert rows[world_tune.TOLD]["kept"][0] == 1 and rows[world_tune.TOLD]["sharpness"][0] == pytest.approx(1)
+    shown = np.array(json.loads((tmp_path / "scores" / f"{world_tune.TOLD}--4-steps.json").read_text())["shown"])
+    assert 0 < shown.mean() < 1
+    assert CliRunner().invoke(world_tune.app, ["table", "--output", str(tmp_path)]).output.count("| 4 |") == 2
+    assert CliRunner().invoke(world_tune.app, ["table", "--output", str(tmp_path / "none")]).exit_code == 1
+
+
+def test_all_rows_of_scores_make_one_grid(tmp_path):
+    (tmp_path / "scores").mkdir()
+    for name, shade in (("one--4-steps", 10), ("two--4-steps", 20)):
+        Image.new("RGB", (8, 4), (shade,) * 3).save(tmp_path / "scores" / f"{name}.png")
+    world_tune.draw_grid(tmp_path, [4])
+    grid = np.asarray(Image.open(tmp_path / "grid.png"))
+    assert grid.shape == (8, 8, 3) and (grid[:4] == 10).all() and (grid[4:] == 20).all()
