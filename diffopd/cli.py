@@ -191,12 +191,14 @@ def evaluate(
     """Score base, teachers and student of a run again, on the same prompts and seeds."""
     from diffopd.run_folder import RunFolder
 
-    path = RunFolder.open(run).path
+    folder = RunFolder.open(run)
     _quiet_libraries()
     from diffopd.evaluate import evaluate_run
+    from diffopd.preflight import check_unchanged
 
-    with _at_work(path):
-        scores = evaluate_run(path, everything=everything)
+    with _at_work(folder.path):
+        check_unchanged(folder, teachers=True)
+        scores = evaluate_run(folder.path, everything=everything)
     _show_scores(scores)
 
 
@@ -223,15 +225,17 @@ def export(
     """Write the student of a run for stock clients: each form is reloaded and compared before it counts."""
     from diffopd.run_folder import RunFolder
 
-    path = RunFolder.open(run).path
+    folder = RunFolder.open(run)
     _quiet_libraries()
     from diffopd.export import export_run
     from diffopd.hub import check_push
+    from diffopd.preflight import check_unchanged
 
     if push_to_hub:
         check_push(push_to_hub)
-    with _at_work(path):
-        target = export_run(path, [str(name) for name in formats or []], tell=typer.echo, push_to=push_to_hub)
+    with _at_work(folder.path):
+        check_unchanged(folder, teachers=False)
+        target = export_run(folder.path, [str(name) for name in formats or []], tell=typer.echo, push_to=push_to_hub)
     typer.echo(f"{target / 'README.md'} says how to load each.")
 
 

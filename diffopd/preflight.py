@@ -21,6 +21,7 @@ from diffopd.grid import Grid, check_walk, grid_of, make_scheduler
 from diffopd.locate import PACKAGE, find_pipeline
 from diffopd.recipe import Recipe
 from diffopd.rows_check import check_contexts, check_given, check_pictures, check_test_rows, read_rows
+from diffopd.run_folder import RunFolder
 from diffopd.teacher import TeacherCard, hub_weights, lora_file, teacher_card, weights_sha256
 
 
@@ -150,14 +151,33 @@ def _hashes(recipe: Recipe, cards: tuple[TeacherCard, ...]) -> dict[str, str]:
 
     Raises UserError for weights of a teacher that are not those of its card.
     """
-    folder = find_pipeline(recipe.student.pretrained_model_name_or_path)  # of a hub id, now with its weights
-    hashes = {f"base/{file}": digest for file, digest in pipeline_hashes(folder).items()}
+    hashes = _base_hashes(recipe)
     warm, here = recipe.student.init_weights, Path.cwd()
     if warm and not hub_weights(warm, here):
         hashes["init_weights"] = weights_sha256(lora_file(warm, here, recipe.place("student", "init_weights")))
-    for card in cards:
-        digest = card.digest()
-        hashes |= {f"{card.name}/{card.weights}": digest} if digest else {}
+    hashes |= _teacher_hashes(cards)
     for card in cards:
         hashes |= {f"{card.name}: {what}": digest for what, digest in card.task_hashes().items()}
     return hashes
+
+
+def _base_hashes(recipe: Recipe) -> dict[str, str]:
+    folder = find_pipeline(recipe.student.pretrained_model_name_or_path)  # of a hub id, now with its weights
+    return {f"base/{file}": digest for file, digest in pipeline_hashes(folder).items()}
+
+
+def _teacher_hashes(cards: tuple[TeacherCard, ...]) -> dict[str, str]:
+    digests = {f"{card.name}/{card.weights}": card.digest() for card in cards}
+    return {file: digest for file, digest in digests.items() if digest}
+
+
+def check_unchanged(folder: RunFolder, *, teachers: bool) -> None:
+    """Raise UserError where the base of a run, or the weights of its teachers, are not those that it began with.
+
+    Its student is an adapter on that base or weights beside its other parts: on another it draws something else.
+    """
+    recipe = folder.recipe()
+    hashes = _base_hashes(recipe)
+    if teachers:
+        hashes |= _teacher_hashes(tuple(teacher_card(settings.name, recipe.path) for settings in recipe.teachers))
+    folder.refuse_changed(hashes, "Nothing was written. Restore the file.")

@@ -182,20 +182,22 @@ class RunFolder:
                 "make its updates from another number of pictures. Nothing was written; resume it with "
                 f"--processes {count}, or give another --output-dir for a new run."
             )
-        for file, digest in hashes.items():
-            before = stored["hashes"].get(file)
-            if before != digest:
-                was = f"was {before[:12]}..., is {digest[:12]}..." if before else "was not there"
-                raise UserError(
-                    f"output_dir {self.path}: {file} is not what this run began with (sha256 {was}). Restore "
-                    "the file, or give another --output-dir for a run with the new one."
-                )
+        self.refuse_changed(hashes, "Restore the file, or give another --output-dir for a run with the new one.")
         if recipe.train.resume_from_checkpoint == "none" and self.latest_checkpoint():
             raise UserError(
                 f"output_dir {self.path} holds checkpoints of this recipe, and resume_from_checkpoint = "
                 '"none" would start over. Nothing was written; set it to "latest" or give another '
                 "--output-dir."
             )
+
+    def refuse_changed(self, hashes: dict[str, str], remedy: str) -> None:
+        """Raise UserError for a file whose sha256 is not the one that this run began with; remedy: what to do then."""
+        began = self.hashes()
+        for file, digest in hashes.items():
+            before = began.get(file)
+            if before != digest:
+                was = f"was {before[:12]}..., is {digest[:12]}..." if before else "was not there"
+                raise UserError(f"{self.path}: {file} is not what this run began with (sha256 {was}). {remedy}")
 
     def _forget_rows_after(self, checkpoint: Path | None) -> None:
         """Drop metrics of updates that are about to be done again, and the note on why the run stopped."""

@@ -239,3 +239,32 @@ def test_help_needs_no_heavy_imports():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=os.environ, check=False)
     assert done.returncode == 0 and b"distill" in done.stdout
+
+
+def change_weights(path):
+    """Other bytes behind the header of a .safetensors file."""
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+
+
+@pytest.mark.parametrize("name, changed", [("evaluate", "base"), ("export", "base"), ("evaluate", "teacher")])
+def test_a_run_is_neither_scored_nor_exported_on_weights_that_it_did_not_begin_with(
+    tmp_path, tiny_sd, tiny_teachers, name, changed
+):
+    base = shutil.copytree(tiny_sd, tmp_path / "base")
+    teachers = [shutil.copytree(folder, tmp_path / folder.name) for folder in tiny_teachers]
+    for teacher in teachers:
+        card = (teacher / "teacher.toml").read_text().splitlines()
+        kept = [line for line in card if not line.startswith(("base", "sha256"))]
+        (teacher / "teacher.toml").write_text("\n".join([f'base = "{base}"', *kept]) + "\n")
+    tiny.write_recipe(tmp_path / "tiny.toml", base, teachers)
+    hold_run(tmp_path)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    file = base / "unet/diffusion_pytorch_model.safetensors" if changed == "base" else next(teachers[0].glob("*.safe*"))
+    change_weights(file)
+    done = command(name, tmp_path / "run")
+    assert done.exit_code == 2
+    said = "base/unet/diffusion_pytorch_model.safetensors" if changed == "base" else f"{teachers[0].name}/{file.name}"
+    assert f"{said} is not what this run began with (sha256 was " in " ".join(done.stderr.split())
+    assert "Restore the file." in done.stderr
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
