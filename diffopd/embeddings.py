@@ -96,17 +96,16 @@ class PromptEmbeddings:
         return answer
 
     def _entry(self, original: Callable[..., Any], row: dict[str, Any]) -> Any:
+        """What is stored, on the CPU like all other rows; what is not yet is encoded and stored first."""
         file = self.folder / f"{self._key(original, row)}.safetensors"
-        if file.is_file():
-            return _read(file)
-        if self._closed:
-            raise UserError(
-                f"Prompt {row.get('prompt')!r} is not stored in {self.folder}, and the text encoders were released. "
-                'Set train.text_encoders = "cached" or "resident".'
-            )
-        answer = self._ask(original, row)
-        _write(file, answer)
-        return answer
+        if not file.is_file():
+            if self._closed:
+                raise UserError(
+                    f"Prompt {row.get('prompt')!r} is not stored in {self.folder}, and the text encoders were "
+                    'released. Set train.text_encoders = "cached" or "resident".'
+                )
+            _write(file, self._ask(original, row))
+        return _read(file)
 
     def _ask(self, original: Callable[..., Any], row: dict[str, Any]) -> Any:
         self.encoded += 1

@@ -15,8 +15,10 @@ import torch
 from cast import SIZE, draws
 from safetensors.torch import load_file
 from test_distill import assert_same_gradients, gradients_of, prepared, recipe_with, run_to_end, weights_of
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffopd import distill as loop
+from diffopd import embeddings as on_disk
 from diffopd.adapters import freeze
 from diffopd.drive import Call, rollout, shell
 from diffopd.embeddings import PromptEmbeddings, cache_folder, fingerprint, run_to_denoiser, text_encoders
@@ -208,6 +210,30 @@ def test_prompts_of_other_lengths_are_refused_in_one_batch(cache):
     torch.testing.assert_close(stored, plain)
     with pytest.raises(UserError, match="batch_size = 1"):
         pipeline.encode_prompt(["dot", "line"])
+
+
+def test_a_batch_of_old_and_new_prompts_is_stacked_where_the_encoder_is_on_a_gpu(cache, monkeypatch):
+    """Files are read to the CPU, encoders answer on their device; fake tensors refuse a mixture as real ones do."""
+    files = {}
+
+    def write(file, answer):
+        files[file] = on_disk._on("cpu", answer)
+        file.touch()
+
+    class Pipeline:
+        components, config, _execution_device = {}, {}, torch.device("cuda:0")
+
+        def encode_prompt(self, prompt, device=None, num_images_per_prompt=1):
+            return torch.zeros(len(prompt), 2, device=self._execution_device), None
+
+    monkeypatch.setattr(on_disk, "_write", write)
+    monkeypatch.setattr(on_disk, "_read", files.__getitem__)
+    pipeline = Pipeline()
+    PromptEmbeddings(pipeline, cache).attach(pipeline)
+    with FakeTensorMode():
+        for prompts in (["dot"], ["dot", "line"], ["new", "line"]):
+            found, _ = pipeline.encode_prompt(prompts)
+            assert found.shape == (len(prompts), 2) and found.device == pipeline._execution_device
 
 
 def _fill(folder: Path, start, done) -> None:
