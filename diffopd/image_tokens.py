@@ -24,6 +24,7 @@ from diffopd.drive import Call, denoiser_name, denoiser_of, shell
 from diffopd.errors import UserError
 from diffopd.image_file import picture
 from diffopd.locate import HubId, download, parse_hub_id
+from diffopd.parts import replaced_attribute
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
 
@@ -112,23 +113,25 @@ def _load(pipeline: Any, settings: ContextSettings, place: str) -> None:
     weights = _adapter_file(settings.ip_adapter, place)
     folder = _folder(settings.image_encoder, ["*.safetensors", "*.json"])
     unet = denoiser_of(pipeline)
+    home = {"device": unet.device, "dtype": unet.dtype}
     try:
         encoder = CLIPVisionModelWithProjection.from_pretrained(folder, use_safetensors=True, dtype=unet.dtype)
     except (OSError, ValueError) as error:
         raise UserError(f"{place}: image_encoder {folder} cannot be loaded: {_line(error)}") from error
     # The feature extractor is made anew, for this encoder's size.
     pipeline.register_modules(image_encoder=encoder.to(unet.device), feature_extractor=None)
-    try:
-        pipeline.load_ip_adapter(_state(weights), subfolder="", weight_name="")
+    try:  # the library moves the whole UNet at the end: it would round float32 adapters, which both UNets share
+        with replaced_attribute(unet, "to", lambda *_, **__: unet):
+            pipeline.load_ip_adapter(_state(weights), subfolder="", weight_name="")
     except (KeyError, ValueError, RuntimeError) as error:
         raise UserError(
             f"{place}: the IP-Adapter {weights} does not fit the base's {type(unet).__name__}: {_line(error)}. Take "
             "one that was made for this base."
         ) from error
     pipeline.set_ip_adapter_scale(1.0 if settings.scale is None else settings.scale)
-    added = [p for p in unet.attn_processors.values() if isinstance(p, nn.Module)]
-    for module in (encoder, unet.encoder_hid_proj, *added):
-        module.requires_grad_(False).eval()
+    processors = [p for p in unet.attn_processors.values() if isinstance(p, nn.Module)]
+    for module in (encoder, unet.encoder_hid_proj, *processors):
+        module.to(**home).requires_grad_(False).eval()
 
 
 def _state(file: Path) -> dict[str, dict[str, Tensor]]:

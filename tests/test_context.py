@@ -153,6 +153,22 @@ def test_a_mirror_shares_what_is_trained_and_binds_its_own_adapter():
         mirror(pipeline.unet)
 
 
+def test_float32_adapters_on_a_bf16_trunk_stay_what_they_are_beside_an_ip_adapter(adapter, rows):
+    pipeline = tiny.build_pipeline()
+    freeze(pipeline)
+    pipeline.unet.to(torch.bfloat16)
+    trained = add_adapter(pipeline.unet, STUDENT, rank=2, lora_alpha=4, target_modules=["to_q", "to_v"])
+    before = {name: parameter.detach().clone() for name, parameter in trained.items()}
+    shared = {id(parameter) for parameter in pipeline.unet.parameters()}
+    call, _ = in_context(Call(shell(pipeline), told(rows, 1.0)), adapter, STUDENT, "here")
+    assert {id(p) for p in call.pipeline.unet.parameters()} >= shared
+    for name, parameter in trained.items():
+        assert parameter.dtype == torch.float32 and torch.equal(parameter, before[name])
+    added = [p for p in call.pipeline.unet.parameters() if id(p) not in shared]
+    assert added and {p.dtype for p in added} == {torch.bfloat16} and not any(p.requires_grad for p in added)
+    assert "to" not in vars(call.pipeline.unet)
+
+
 def test_a_reference_image_changes_what_klein_says_at_the_students_states(tmp_path):
     pipeline = contexts.build_klein()
     freeze(pipeline)
