@@ -136,9 +136,10 @@ def assemble(recipe: Recipe, device: str, processes: Processes = ALONE) -> tuple
         switch.select(STUDENT)
     for parameter in parameters.values():  # peft freezes every adapter but the last one added
         parameter.requires_grad_(True)
+    widths = recipe.train.frozen_dtype, recipe.train.mixed_precision, recipe.student.quantization
     for denoiser in _distinct(student_pipeline, teachers):
         use_attention_backend(denoiser, recipe.train.attention_backend)
-        if recipe.train.frozen_dtype != "float32" or recipe.student.quantization != "none":
+        if widths != ("float32", "no", "none"):
             answer_in_float32(denoiser, denoiser.dtype)
     call = Call(student_pipeline, student_arguments(recipe))
     student = Student(call, student_pipeline, parameters, is_lora, left_out=left_out)

@@ -1,7 +1,8 @@
 """Frozen weights in bfloat16, everything between two network evaluations in float32.
 
 A stock pipeline in bfloat16 also rounds its states after every step. Here a denoiser takes float32 states, computes
-in the dtype of its weights and answers in float32, so guidance, scheduler and objective see float32 on both sides.
+in the dtype of its weights and answers in float32, so guidance, scheduler and objective see float32 on both sides. The
+same holds for float32 weights under autocast, whose answers would be bfloat16.
 """
 
 from __future__ import annotations

@@ -7,6 +7,8 @@ from cast import arguments, cast_for, scheduler_named
 from test_distill import NO_CLIP, gradients_of, prepared, recipe_with, run_to_end, weights_of
 
 from diffopd import distill as loop
+from diffopd.adapters import autocast_forward
+from diffopd.drawing import draw
 from diffopd.drive import Call, denoiser_of, rollout
 from diffopd.precision import answer_in_float32
 from diffopd.supervise import Watch
@@ -99,3 +101,16 @@ def test_no_weights_of_a_swapped_adapter_or_average_are_left_over(tiny_recipe):
     again = [visit.model_output for visit in rollout(call)]
     assert not torch.equal(before[0], after[0]) and not torch.equal(after[0], average[0])
     assert all(map(torch.equal, after, again))
+
+
+@pytest.mark.parametrize("settings", [[], ['student.train="full"']], ids=["lora", "full"])
+def test_a_stock_call_under_autocast_keeps_float32_states_which_its_float32_vae_decodes(tiny_recipe, settings):
+    """Some schedulers answer in the dtype of what the network said."""
+    euler = 'student.scheduler={class="EulerDiscreteScheduler"}'
+    run, _ = prepared(recipe_with(tiny_recipe, 'train.mixed_precision="bf16"', euler, *settings))
+    call = run.student.call
+    with autocast_forward(denoiser_of(call.pipeline), torch.bfloat16):
+        (image,) = draw(run, call, ["a dot"], [0], None)
+        (visit, *_) = rollout(call.prompted(["a dot"]))
+    assert image.size == (16, 16) and visit.model_output.dtype == torch.float32
+    assert torch.equal(visit.model_output, visit.model_output.bfloat16().float()), "it was computed in bfloat16"
