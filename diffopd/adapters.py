@@ -126,9 +126,9 @@ def autocast_forward(denoiser: nn.Module, dtype: torch.dtype | None) -> Iterator
         yield
         return
     original: Callable[..., Any] = denoiser.forward
-    device_type = next(denoiser.parameters()).device.type
 
     def forward(*args: Any, **kwargs: Any) -> Any:
+        device_type = next(denoiser.parameters()).device.type  # asked here: an offloaded denoiser comes and goes
         with torch.autocast(device_type, dtype=dtype):
             return original(*args, **kwargs)
 

@@ -79,6 +79,23 @@ def test_autocast_keeps_no_stale_weights_across_an_adapter_change(cast):
     assert "forward" not in vars(unet)
 
 
+def test_autocast_is_that_of_the_device_where_the_denoiser_is_when_it_is_asked(monkeypatch):
+    """An offloaded denoiser is on the CPU when autocast is put around its forward."""
+    denoiser, seen = torch.nn.Linear(2, 2), []
+    entered = torch.autocast
+
+    def noted(device_type, **options):
+        seen.append(device_type)
+        return entered("cpu", **options)
+
+    monkeypatch.setattr(torch, "autocast", noted)
+    with autocast_forward(denoiser, torch.bfloat16):
+        denoiser(torch.zeros(1, 2))
+        denoiser.to("meta")
+        denoiser(torch.zeros(1, 2, device="meta"))
+    assert seen == ["cpu", "meta"]
+
+
 def test_a_fused_forward_is_every_adapters_own_function_with_its_gradient(cast):
     unet = cast.pipeline.unet
 
