@@ -23,6 +23,7 @@ from diffopd.errors import UserError
 from diffopd.estimators import advantages, optimality
 from diffopd.learning import Measures, learn
 from diffopd.loop import INTERRUPTED, new_trained, one_fold, refuse_non_finite_norm, run_updates
+from diffopd.processes import on_this_gpu
 from diffopd.run_folder import RunFolder
 from diffopd.sampling import Sampled, gathered, joined, sample, score
 from diffopd.supervise import NonFiniteLoss, Watch
@@ -122,7 +123,7 @@ def sampled_pictures(run: TeachRun, update: int, mine: list[int], watch: Watch) 
     policy = recipe.estimator.name in POLICY_GRADIENT
     manner = manner_of(recipe, run.walk.num_visits, update, 0) if policy else None
     parts, futures = [], []
-    with ThreadPoolExecutor(1, thread_name_prefix="reward") as scorer, one_fold(run, watch):
+    with ThreadPoolExecutor(1, thread_name_prefix="reward", initializer=on_this_gpu()) as scorer, one_fold(run, watch):
         for numbers in run.batches(mine):
             rows = [run.row(update, number) for number in numbers]
 

@@ -5,6 +5,8 @@ import os
 import socket
 import subprocess
 import sys
+import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -224,6 +226,32 @@ def test_the_reward_is_computed_while_the_next_batch_is_sampled(folder, monkeypa
     monkeypatch.setattr(loop, "sample", sample)
     loop.teach(recipe, made)
     assert module.waited == [True, True] and len(began) == 2
+
+
+def test_rewards_are_computed_on_the_gpu_of_their_process(folder, monkeypatch):
+    """torch keeps the GPU by thread, and rewards have one of their own."""
+    write(folder, updates=1)
+    recipe = read_teach_recipe(str(folder), [f'output_dir="{folder.parent / "run"}"'])
+    made = RunFolder.create(recipe.output_dir, recipe, check_teach(recipe).hashes)
+    here, score = threading.local(), loop.score
+    here.gpu, seen = 1, []
+    monkeypatch.setattr(loop, "sampled_pictures", with_gpus(monkeypatch, here, loop.sampled_pictures))
+    monkeypatch.setattr(loop, "score", lambda *told: seen.append(getattr(here, "gpu", 0)) or score(*told))
+    loop.teach(recipe, made)
+    assert set(seen) == {1}
+
+
+def with_gpus(monkeypatch, here, function):
+    """The function on a machine that seems to have GPUs; `here.gpu` is the present one's number."""
+
+    def called(*told):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, "is_available", lambda: True)
+            patch.setattr(torch.cuda, "current_device", lambda: here.gpu)
+            patch.setattr(torch.cuda, "set_device", partial(setattr, here, "gpu"))
+            return function(*told)
+
+    return called
 
 
 def test_a_reward_that_is_not_a_finite_number_a_picture_stops_the_run_with_the_prompt(folder):
