@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 from collections.abc import Callable
@@ -18,6 +19,8 @@ NOISE = "class pictures"  # key of their noise: no picture of an evaluation has 
 def draw_prior(tuning: Tuning, tell: Callable[[str], Any] = print) -> None:
     """Draw the pictures of the class into the task's folder, all or none; those that are there stay.
 
+    The model is drawn with on this process's GPU and let go: other processes may train there next.
+
     Raises UserError for whatever is wrong with the run, before anything is drawn.
     """
     asked = tuning.asked
@@ -26,13 +29,25 @@ def draw_prior(tuning: Tuning, tell: Callable[[str], Any] = print) -> None:
     files = prior_files(tuning.folder, asked.prior.num_pictures)
     if all(file.is_file() for file in files):
         return
-    from diffopd.evaluate import pictures, student_contender
+    import torch
+
     from diffopd.preflight import check
+    from diffopd.processes import take_gpu
 
     check(tuning.recipe)
     tell(f"Drawing {len(files)} pictures of {asked.prior.class_prompt!r} with the untouched model.")
+    take_gpu()
+    _draw(tuning, files)
+    gc.collect()  # a pipeline may hold itself in a circle
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _draw(tuning: Tuning, files: list[Path]) -> None:
+    from diffopd.evaluate import pictures, student_contender
+
     contender = student_contender(tuning.recipe, _untouched(tuning.recipe))
-    rows = [PromptRow(asked.prior.class_prompt)] * len(files)
+    rows = [PromptRow(tuning.asked.prior.class_prompt)] * len(files)
     partial = files[0].parent.with_name(f".pictures.{os.getpid()}")  # several processes may draw the same
     partial.mkdir(parents=True, exist_ok=True)
     left = iter(files)

@@ -101,15 +101,20 @@ def join_processes() -> Processes:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
         return Processes()
-    if torch.cuda.is_available():
-        _take_gpu(int(os.environ.get("LOCAL_RANK", "0")))
+    take_gpu()
     if not dist.is_initialized():  # gradients are summed where they lie; clocks, counts and flags are CPU tensors
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     return Processes(dist.get_rank(), world)
 
 
-def _take_gpu(number: int) -> None:
-    held = torch.cuda.device_count()
+def take_gpu() -> None:
+    """Where there are GPUs and several processes, each takes its own.
+
+    Raises UserError where there are fewer GPUs than processes.
+    """
+    if os.environ.get("WORLD_SIZE", "1") == "1" or not torch.cuda.is_available():
+        return
+    number, held = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if number >= held:
         raise UserError(f"Process {number + 1} of this machine has no GPU: there are {held}. Start at most {held}.")
     torch.cuda.set_device(number)

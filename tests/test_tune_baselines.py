@@ -1,6 +1,7 @@
 """Fine-tuning and DreamBooth in the loop of `tune`: pictures teach, and everything else is shared."""
 
 import json
+import weakref
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from test_distill import assert_same_state, rows_of, state_of
 from test_tune import SMALL, asked, pictures, prepared, trained  # noqa: F401 (a fixture)
 
 from diffopd import distill as loop
-from diffopd import noise
+from diffopd import noise, prior, processes
 from diffopd.data_states import encode_pictures
 from diffopd.errors import UserError
 from diffopd.plan import make_plan
@@ -113,6 +114,29 @@ def test_pictures_of_the_class_are_the_untouched_models_and_drawn_once(tiny_sd, 
     files[1].unlink()
     draw_prior(tuning, lambda text: None)
     assert [file.read_bytes() for file in files] == drawn
+
+
+def test_the_class_is_drawn_on_the_gpu_of_its_process_and_nothing_is_held_afterwards(tiny_sd, pictures, monkeypatch):  # noqa: F811
+    tuning = baseline(tiny_sd, pictures, "dreambooth", *CLASS)
+    write_task(tuning)
+    untouched, held, done = prior._untouched, [], []
+
+    def noted(recipe):
+        pipeline = untouched(recipe)
+        held.append(weakref.ref(pipeline.unet))
+        done.append("loaded")
+        return pipeline
+
+    monkeypatch.setattr(prior, "_untouched", noted)
+    monkeypatch.setattr(processes, "default_device", lambda: "cpu")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", done.append)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append(held[0]() is None))
+    draw_prior(tuning, lambda text: None)
+    assert done == [1, "loaded", True]
 
 
 def test_a_picture_is_made_latents_once_a_run(tiny_sd, pictures, monkeypatch):  # noqa: F811
