@@ -104,7 +104,8 @@ class Scorer:
         for start in range(0, len(task.rows), size):
             rows = task.rows[start : start + size]
             numbers = list(range(start, start + len(rows)))
-            draw = partial(noise.draw, run_seed=0, update=WALKS, sample_indices=numbers)
+            keys = {"run_seed": 0, "update": WALKS, "sample_indices": numbers}
+            draw = partial(noise.draw, **keys, device=call.pipeline.device)
             latents = draw(place.latents_shape, solver_step=0)
             _, images = sample(call, rows, numbers, latents=latents, noise=_steps(draw, place.shape), manner=manner)
             scores += score(task.reward, images, rows).tolist()

@@ -5,10 +5,14 @@ import shlex
 import tomllib
 from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from diffopd.data import PromptRow
+from diffopd.drive import Call
+from diffopd.evaluate import Task
 from diffopd.objective import get_objective
 from diffopd.path import PATHS
 from diffopd.prediction import Prediction, Proposal, Step, Transition
@@ -111,6 +115,30 @@ def test_sft_on_teacher_samples_is_the_joint_student_with_the_teachers_own_rate_
     made, joint = tomllib.loads(supervised(nft)), tomllib.loads(nft)
     assert made["student"] == joint["student"] and made["estimator"] == {"name": "supervised"}
     assert made["train"] == joint["train"] | {"learning_rate": 2e-3} and made["sampling"] == {"num_prompts": 32}
+
+
+def test_a_walk_by_a_named_solver_draws_its_noise_where_its_states_are(monkeypatch):
+    import reproduce_scores
+
+    class Pipeline:
+        device = torch.device("meta")
+
+        def __call__(self): ...
+
+    shape, drawn = (4, 2, 2), []
+
+    def sample(call, rows, numbers, *, latents, noise, manner):
+        drawn.extend([latents, noise(0), noise(1)])
+        return None, []
+
+    place = SimpleNamespace(num_visits=2, latents_shape=shape, shape=shape)
+    monkeypatch.setattr(reproduce_scores, "survey", lambda call: place)
+    monkeypatch.setattr(reproduce_scores, "sample", sample)
+    monkeypatch.setattr(reproduce_scores, "score", lambda *told: torch.zeros(0))
+    scorer = reproduce_scores.Scorer(SimpleNamespace(held_out=2))
+    contender = reproduce_scores.Contender("base", Call(Pipeline()), 2, 1.0)
+    scorer._walked(contender, Task("text", [PromptRow("a"), PromptRow("b")], None), "ddim", 1.0)
+    assert {(one.device.type, one.shape) for one in drawn} == {("meta", (2, *shape))}
 
 
 def test_runs_are_given_one_core_as_the_pages_say(monkeypatch, tmp_path):
