@@ -37,6 +37,7 @@ from diffopd.evaluate import (
     tasks_of,
 )
 from diffopd.load import student_pipeline
+from diffopd.processes import default_device
 from diffopd.recipe import Recipe
 from diffopd.run_folder import RunFolder, atomic_write
 from diffopd.teacher import TeacherCard, teacher_card, weights_sha256
@@ -98,7 +99,7 @@ def measure_all(
             if kind in what:
                 score(contender, contender.model.replace(":", "-"), weights, tasks[name], recipe, output)
         for folder in opened if "student" in what else []:
-            student = student_contender(folder.recipe(), student_pipeline(folder.path))
+            student = student_contender(folder.recipe(), student_pipeline(folder.path).to(default_device()))
             weights = weights_sha256(folder.latest_checkpoint())
             score(student, f"student-{folder.path.name}", weights, tasks[name], recipe, output)
 

@@ -102,6 +102,32 @@ def test_runs_of_one_name_or_of_different_recipes_are_refused(runs):
         world_target.check_runs([runs("d/one"), runs("d/two", "objective.name=velocity")])
 
 
+def test_a_student_is_scored_on_the_device_of_its_references(runs, tmp_path, monkeypatch):
+    class Pipeline:
+        device = "cpu"
+
+        def to(self, device):
+            self.device = device
+            return self
+
+        def __call__(self): ...
+
+    scored = []
+    for name, answer in {
+        "default_device": "there",
+        "student_pipeline": Pipeline(),
+        "tasks_of": [SimpleNamespace(name="text")],
+        "references": [],
+        "reference_weights": "",
+        "weights_sha256": "",
+    }.items():
+        monkeypatch.setattr(world_target, name, lambda *told, answer=answer: answer)
+    monkeypatch.setattr(world_target, "score", lambda student, *told: scored.append(student.call.pipeline.device))
+    folder, out = runs("one").path, tmp_path / "out"
+    result = CliRunner().invoke(world_target.app, ["measure", str(folder), "--output", str(out), "--task", "text"])
+    assert result.exit_code == 0 and scored == ["there"]
+
+
 def test_scores_of_other_weights_are_neither_reused_nor_overwritten(tmp_path):
     task = SimpleNamespace(name="text", rows=[SimpleNamespace(metadata={"word": "KEA"})])
     contender = SimpleNamespace(model="base", num_inference_steps=4, guidance_scale=1.0)
