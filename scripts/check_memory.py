@@ -8,8 +8,9 @@ attention: `estimated` are the bytes that the plan would print for the graph, `k
     python scripts/check_memory.py [--json] [--base NAME ...] [--batch 1] [--size 256]
 
 With --recipe a real recipe is trained for three updates instead: the sum of its plan beside what the process grew by,
-when all was loaded and at its peak. Libraries are imported before and not counted; what else is the same for any batch
-(allocator, compiled kernels, mapped files) falls out of the difference of two batch sizes.
+when all was loaded and at its peak. That is memory of the host, so a GPU, which a training takes, must be hidden.
+Libraries are imported before and not counted; what else is the same for any batch (allocator, compiled kernels, mapped
+files) falls out of the difference of two batch sizes.
 
     python scripts/check_memory.py [--json] --recipe together [--set KEY=VALUE ...]
 """
@@ -180,10 +181,15 @@ def main() -> int:
     parser.add_argument("--base", nargs="*", default=list(MIDDLE), choices=list(MIDDLE), help="default: all")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--size", type=int, default=256, help="pixels a side")
-    parser.add_argument("--recipe", help="train three updates of this recipe instead")
+    parser.add_argument("--recipe", help="train three updates of this recipe on the CPU instead; no GPU may be seen")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="overrides of the recipe")
     options = parser.parse_args()
     if options.recipe:
+        if torch.cuda.is_available():
+            parser.error(
+                "--recipe measures memory of the host, and a training would take the GPU that is here. Hide it: "
+                "CUDA_VISIBLE_DEVICES= python scripts/check_memory.py --recipe ..."
+            )
         row = measure_run(options.recipe, options.set)
         print(json.dumps(row) if options.json else show_run(row))
         return 0

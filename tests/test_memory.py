@@ -3,6 +3,7 @@
 import pytest
 import tiny
 import torch
+from from_scripts import script
 from test_distill import assert_same_gradients, gradients_of, prepared, recipe_with, run_to_end
 
 from diffopd import assemble as assembly
@@ -120,3 +121,13 @@ def test_a_full_student_with_everything_that_saves_memory_comes_to_its_end(full_
     folder = run_to_end(recipe)
     assert (folder.path / "checkpoint-2" / "unet" / "config.json").is_file()
     assert (folder.path / "samples" / "trajectory.json").is_file()
+
+
+def test_the_check_of_a_recipes_memory_is_refused_where_the_training_would_take_a_gpu(monkeypatch, capsys):
+    check_memory = script("check_memory")
+    monkeypatch.setattr(check_memory, "measure_run", lambda *told: pytest.fail("it trains"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("sys.argv", ["check_memory.py", "--recipe", "together"])
+    with pytest.raises(SystemExit) as ended:
+        check_memory.main()
+    assert ended.value.code == 2 and "CUDA_VISIBLE_DEVICES= python scripts" in capsys.readouterr().err
