@@ -3,6 +3,7 @@
 import ast
 import importlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -306,6 +307,18 @@ def test_a_segmentation_detects_as_well_and_colours_are_told_of_the_thing_withou
         assert 0 <= one.box[0] < one.box[2] <= 64 and 0 <= one.box[1] < one.box[3] <= 64
     rows = [{"include": [{"class": found[0].name, "color": color}]} for color in COLORS]
     assert 1 <= sum(made([image], PROMPTS[:1], [row])[0] for row in rows) <= 4
+    strict = Composition(str(tmp_path), clip, threshold=1.0, count_threshold=1.0)
+    assert strict.detect([image]) == [[]] and strict([image], PROMPTS[:1], rows[:1]) == [0]
+
+
+def test_a_segmentation_in_which_nothing_is_sure_gives_no_things(detector, clip):
+    from transformers import Mask2FormerImageProcessor
+
+    said = SimpleNamespace(class_queries_logits=torch.zeros(1, 4, 3), masks_queries_logits=torch.ones(1, 4, 8, 8))
+    options = {"threshold": 0.9, "target_sizes": [(32, 32)], "return_binary_maps": True}
+    (one,) = Mask2FormerImageProcessor().post_process_instance_segmentation(said, **options)
+    assert one["segmentation"].shape == (32, 32), "one map, where there are others one a thing"
+    assert Composition(detector, clip)._segmented(one) == []
 
 
 def test_outside_its_mask_a_cut_out_is_grey():

@@ -97,7 +97,8 @@ class Composition:
 
     def _segmented(self, one: dict[str, Any]) -> list[Found]:
         listed = []
-        for info, mask in zip(one["segments_info"], one["segmentation"], strict=True):
+        masks = one["segmentation"] if one["segments_info"] else []  # else it is one empty map, not none
+        for info, mask in zip(one["segments_info"], masks, strict=True):
             if mask.any():
                 ys, xs = mask.bool().nonzero(as_tuple=True)
                 box = tuple(float(edge) for edge in (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1))
