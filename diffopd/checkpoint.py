@@ -100,7 +100,13 @@ def load_checkpoint(folder: Path, trained: Trained) -> None:
         if average:
             average.values.update(_on_devices(load_file(state / f"{name}.safetensors"), average.values))
     _restore_optimizer(trained, load_file(state / "optimizer.safetensors"))
-    trained.progress = Progress(**json.loads((state / "progress.json").read_text()))
+    try:
+        trained.progress = Progress(**json.loads((state / "progress.json").read_text()))
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"{state / 'progress.json'}: is damaged ({error}). Restore it, or remove {folder} to go on from the "
+            "checkpoint before it."
+        ) from error
 
 
 def averaged(trained: Trained) -> AbstractContextManager:

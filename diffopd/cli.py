@@ -19,7 +19,7 @@ from diffopd.errors import UserError
 
 
 class Commands(TyperGroup):
-    """Commands whose user errors are shown in red without a traceback, exit code 2."""
+    """Commands whose user errors, and the system's on a file, are shown in red without a traceback, exit code 2."""
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
@@ -27,6 +27,11 @@ class Commands(TyperGroup):
             return super().invoke(ctx)
         except UserError as error:
             typer.secho(f"Error: {error}", fg=typer.colors.RED, err=True)
+            raise typer.Exit(2) from error
+        except OSError as error:
+            if error.filename is None:  # not of a file of the user's
+                raise
+            typer.secho(f"Error: {error.filename}: {error.strerror}.", fg=typer.colors.RED, err=True)
             raise typer.Exit(2) from error
 
 
@@ -200,6 +205,7 @@ def evaluate(
         check_unchanged(folder, teachers=True)
         scores = evaluate_run(folder.path, everything=everything)
     _show_scores(scores)
+    typer.echo(f"\n{scores}")
 
 
 class Format(StrEnum):
@@ -267,7 +273,8 @@ def teachers() -> None:
     typer.echo(f"\nrecipes: {', '.join(recipe_names())}\ntuning recipes: {', '.join(tune_recipe_names())}")
 
 
-def _show_scores(file: Path) -> None:
+def _show_scores(file: Path, model: str | None = None) -> None:
+    """A table of 80 columns; model: of this one alone."""
     from rich.console import Console
     from rich.table import Table
 
@@ -275,12 +282,13 @@ def _show_scores(file: Path) -> None:
     for title in ("model", "steps", "guidance", "task", "score", "95 %", "of teacher"):
         table.add_column(title, no_wrap=True)
     for row in json.loads(file.read_text(encoding="utf-8"))["rows"]:
+        if model not in (None, row["model"]):
+            continue
         low, high = row["interval"]
         share = f"{row['ratio']['value']:.2f}" if "ratio" in row else ""
         settings = (str(row["num_inference_steps"]), f"{row['guidance_scale']:g}")
-        table.add_row(row["model"], *settings, row["task"], f"{row['score']:.3f}", f"{low:.2f} to {high:.2f}", share)
+        table.add_row(row["model"], *settings, row["task"], f"{row['score']:.3f}", f"{low:.2f}-{high:.2f}", share)
     Console().print(table)
-    typer.echo(f"\n{file}")
 
 
 def _options(overrides: list[str] | None, output_dir: Path | None) -> list[str]:
@@ -378,7 +386,7 @@ def _finish(run: Path) -> None:
     from diffopd.report import write_report
     from diffopd.run_folder import RunFolder
 
-    evaluate_run(run)
+    _show_scores(evaluate_run(run), "student")
     export_run(run, tell=typer.echo)
     write_report(run)
     RunFolder.open(run).finish()

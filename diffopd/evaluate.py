@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from rich.progress import Progress
 
-from diffopd import noise
+from diffopd import noise, sampling
 from diffopd.adapters import AdapterSwitch, freeze
 from diffopd.assemble import own_denoisers, own_guidance, student_arguments, with_denoiser, with_scheduler
 from diffopd.blueprint import pipeline_hashes
@@ -201,8 +201,7 @@ def _measure_one(contender: Contender, task: Task, recipe: Recipe, advance: Call
         place = 0
         for images in pictures(contender, task.rows, task.name, seed, settings.batch_size):
             part = task.rows[place : place + len(images)]
-            given = task.reward(images, [row.prompt for row in part], [row.metadata for row in part])
-            scores[number, place : place + len(images)] = np.asarray(given, dtype=np.float64)
+            scores[number, place : place + len(images)] = sampling.score(task.reward, images, part).numpy()
             kept += images[: max(0, DIVERSITY_PICTURES - len(kept))]
             place += len(images)
             advance(len(images))

@@ -30,10 +30,13 @@ class WeightedSum:
 
         total = np.zeros(len(images))
         for name, weight, reward in self.terms:
-            scores = torch.as_tensor(reward(images, prompts, metadata), dtype=torch.float64).cpu().numpy().reshape(-1)
-            if len(scores) != len(images):
-                raise ValueError(f"reward {name!r} gave {len(scores)} scores for {len(images)} pictures.")
-            total += weight * scores
+            scores = torch.as_tensor(reward(images, prompts, metadata), dtype=torch.float64).cpu().numpy()
+            if not scores.ndim or scores.size != len(images):
+                found = f"{scores.size} scores" if scores.ndim else "one number"
+                raise ValueError(
+                    f"reward {name!r} gave {found} for {len(images)} pictures, not a list of one for each."
+                )
+            total += weight * scores.reshape(-1)
         return total
 
 

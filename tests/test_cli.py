@@ -9,7 +9,7 @@ import tiny
 from typer.testing import CliRunner
 
 from diffopd import __version__, locate
-from diffopd.cli import app
+from diffopd.cli import _show_scores, app
 from diffopd.preflight import check
 from diffopd.recipe import read_recipe
 from diffopd.run_folder import RunFolder
@@ -234,7 +234,7 @@ def test_the_version_is_printed():
 
 def test_help_needs_no_heavy_imports():
     """They are what makes it slow (`scripts/bench_help.py` measures it)."""
-    code = "import sys; from diffopd.cli import app; app(['--help'], standalone_mode=False); " + (
+    code = "import sys; from diffopd.cli import _show_scores, app; app(['--help'], standalone_mode=False); " + (
         "sys.exit(len({'torch', 'diffusers', 'peft', 'pydantic'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=os.environ, check=False)
@@ -268,3 +268,29 @@ def test_a_run_is_neither_scored_nor_exported_on_weights_that_it_did_not_begin_w
     assert f"{said} is not what this run began with (sha256 was " in " ".join(done.stderr.split())
     assert "Restore the file." in done.stderr
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+
+def test_a_file_that_cannot_be_read_is_named_without_a_traceback(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path / "recipe.json"))
+
+    monkeypatch.setattr(RunFolder, "open", refuse)
+    done = command("report", tmp_path)
+    assert done.exit_code == 2 and done.stderr == f"Error: {tmp_path}/recipe.json: Permission denied.\n"
+
+
+def test_scores_are_shown_whole_in_80_columns(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    common = {"num_inference_steps": 20, "guidance_scale": 2.5, "task": "composition", "interval": [0.75, 0.875]}
+    rows = [
+        {"model": "teacher:composition", "score": 0.8125, **common},
+        {"model": "student", "score": 0.5, "ratio": {"value": 0.625}, **common},
+    ]
+    file = tmp_path / "scores.json"
+    file.write_text(json.dumps({"rows": rows}))
+    _show_scores(file)
+    shown = capsys.readouterr().out
+    assert "teacher:composition  20     2.5       composition  0.812  0.75-0.88" in shown and "0.62" in shown
+    _show_scores(file, "student")
+    shown = capsys.readouterr().out
+    assert "student" in shown and "teacher" not in shown.replace("of teacher", "")

@@ -310,6 +310,15 @@ def test_a_checkpoint_of_another_rank_is_refused(tiny_recipe, tmp_path):
         loop.load_checkpoint(tmp_path / "run" / "checkpoint-2", trained)
 
 
+def test_damaged_counters_of_a_checkpoint_are_named_with_what_to_do(tiny_recipe, tmp_path):
+    run_to_end(recipe_with(tiny_recipe))
+    _, trained = prepared(recipe_with(tiny_recipe))
+    file = tmp_path / "run" / "checkpoint-2" / "state" / "progress.json"
+    file.write_text(file.read_text()[:20])
+    with pytest.raises(UserError, match=r"progress\.json: is damaged .*remove .*checkpoint-2 to go on from the"):
+        loop.load_checkpoint(file.parent.parent, trained)
+
+
 def test_the_checkpoint_holds_the_average_where_one_is_kept(tiny_recipe):
     folder = run_to_end(recipe_with(tiny_recipe, "train.ema_decay=0.999"))
     state = folder.path / "checkpoint-2" / "state"

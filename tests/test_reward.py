@@ -10,7 +10,7 @@ from PIL import Image
 
 from diffopd.data import PromptRow
 from diffopd.errors import UserError
-from diffopd.reward import check_reward, reward_hashes, reward_of
+from diffopd.reward import WeightedSum, check_reward, reward_hashes, reward_of
 from diffopd.rewards.pixels import Sharpness
 from diffopd.sampling import score
 from diffopd.teach import assemble_run
@@ -72,6 +72,7 @@ def test_missing_weights_stop_a_run_with_the_download_that_is_needed(recipe_with
     ("given", "words"),
     [
         (lambda *_: [0.5], "1 scores for 2 pictures"),
+        (WeightedSum((("glow", 1.0, lambda *_: 0.5),)), "'glow' gave one number for 2 pictures"),
         (lambda *_: [0.5, float("inf")], "picture of 'b' is inf"),
         (lambda images, prompts, metadata: metadata[0]["word"], "KeyError: 'word'"),
     ],
