@@ -148,9 +148,10 @@ def score(contender: Contender, label: str, weights: str, task: Task, recipe: Re
 
 
 def asked_of(task: Task) -> list[int]:
-    """What each prompt asks for, as a number: equal for other wordings of the same."""
+    """What each prompt asks for, as a number: equal for other wordings, and for other pictures, of the same."""
     numbers: dict[str, int] = {}
-    return [numbers.setdefault(json.dumps(row.metadata, sort_keys=True), len(numbers)) for row in task.rows]
+    asked = [{key: value for key, value in row.metadata.items() if key != "file_name"} for row in task.rows]
+    return [numbers.setdefault(json.dumps(row, sort_keys=True), len(numbers)) for row in asked]
 
 
 def bootstrap(
@@ -211,6 +212,8 @@ def difference(
     one, other = (json.loads(path.read_text()) for path in (first, second))
     if one["task"] != other["task"] or len(one["scores"]) != len(other["scores"]):
         raise typer.BadParameter(f"{first} and {second} are not of the same prompts")
+    if one["asked"] != other["asked"]:
+        raise typer.BadParameter(f"{first} and {second} do not say the same of what is asked; measure one again")
     apart = np.array(one["scores"]) - np.array(other["scores"])
     mean, (low, high), _ = bootstrap(apart[None], np.ones(len(apart)), np.array(one["asked"]))
     typer.echo(f"{one['task']}: {mean:+.3f} ({low:+.3f} to {high:+.3f}), {len(apart)} rows")

@@ -10,7 +10,8 @@ from diffopd.recipe import read_recipe
 
 FLOW = 'student.scheduler={class="FlowMatchEulerDiscreteScheduler", shift=3.0}'
 RENOISED = 'student.scheduler={class="FlowMatchEulerDiscreteScheduler", stochastic_sampling=true}'
-BELOW = 'student.scheduler={class="DPMSolverMultistepScheduler", use_flow_sigmas=true, rescale_betas_zero_snr=false}'
+MISREAD = 'student.scheduler={class="DPMSolverMultistepScheduler", use_flow_sigmas=true, rescale_betas_zero_snr=false}'
+BELOW = MISREAD.replace("}", ', prediction_type="flow_prediction"}')
 NOISE, LATER = "objective.name=noise", "objective.query={indices=[1]}"
 
 
@@ -24,7 +25,7 @@ def recipe(tmp_path_factory, tiny_sd, tiny_teachers):
     of_sd3 = tiny.write_recipe(folder / "sd3.toml", folder / "sd3", [itself])
 
     def checked(*options: str) -> str:
-        path = of_sd if BELOW in options else of_sd3
+        path = of_sd if {BELOW, MISREAD} & set(options) else of_sd3
         try:
             check(read_recipe(path, list(options)))
         except UserError as error:
@@ -38,6 +39,10 @@ def test_the_noise_objective_is_refused_from_pure_noise_on_the_flow_path(recipe)
     assert "compares nothing at the first step" in recipe(NOISE, FLOW)
     assert "compares nothing at the first step" in recipe(NOISE, FLOW, 'objective.query="one_low_noise"')
     assert recipe(NOISE, FLOW, LATER) == recipe(NOISE, BELOW) == recipe(FLOW) == ""
+
+
+def test_flow_levels_with_an_answer_that_is_no_flow_are_refused(recipe):
+    assert "reads the network's answer as 'v_prediction', which is not driven here" in recipe(MISREAD)
 
 
 def test_a_flow_scheduler_that_renoises_draws_noise_and_the_plain_one_does_not(recipe):

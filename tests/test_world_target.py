@@ -9,6 +9,7 @@ import typer
 from from_scripts import script
 from typer.testing import CliRunner
 
+from diffopd.data import PromptRow
 from diffopd.recipe import read_recipe
 from diffopd.run_folder import RunFolder
 
@@ -147,3 +148,15 @@ def test_the_difference_of_two_models_is_paired_by_row(scored):
     assert float(result.output.split()[1]) == pytest.approx(np.mean(both[0]) - np.mean(both[1]), abs=6e-4)
     same = CliRunner().invoke(world_target.app, ["difference", files[0], files[0]])
     assert "+0.000 (+0.000 to +0.000), 400 rows" in same.output
+    other = json.loads((scored / "text--student-b--4.json").read_text())
+    other["asked"][0] = 10**6
+    (scored / "text--student-b--4.json").write_text(json.dumps(other))
+    refused = CliRunner().invoke(world_target.app, ["difference", *files])
+    said = " ".join(refused.output.replace("│", " ").split())
+    assert refused.exit_code == 2 and "do not say the same of what is asked" in said
+
+
+def test_what_is_asked_does_not_depend_on_wording_or_on_the_picture_that_goes_with_it():
+    rows = [PromptRow("a cat", {"thing": "cat", "file_name": "0.png"}), PromptRow("one cat", {"thing": "cat"})]
+    rows += [PromptRow("a dog", {"thing": "dog", "file_name": "0.png"})]
+    assert world_target.asked_of(SimpleNamespace(rows=rows)) == [0, 0, 1]
