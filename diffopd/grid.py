@@ -47,13 +47,20 @@ def make_scheduler(recipe: Recipe, base: Blueprint) -> Any:
             where = recipe.place("student", "scheduler", key)
             raise UserError(f"{where}: {name} has no setting {key!r}.{suggestion(key, keys)}")
     try:
-        return kind.from_config(config, **override)
+        made = kind.from_config(config, **override)
     except ImportError as error:
         rest = "" if name in FAMILIES else f" It could not be driven even then; known are {', '.join(FAMILIES)}."
         reason = " ".join(str(error).split())
         raise UserError(f"{place}: {name} needs a package that is not installed: {reason}{rest}") from error
     except (TypeError, ValueError, NotImplementedError) as error:
         raise UserError(f"{place}: {name} refuses its settings: {error}. Correct student.scheduler.") from error
+    answer = getattr(made.config, "prediction_type", None)
+    if getattr(made.config, "use_flow_sigmas", False) and answer != "flow_prediction":
+        raise UserError(
+            f"{place}: {name} with use_flow_sigmas would read the network's answer as {answer!r}, which is not driven "
+            'here. Set prediction_type = "flow_prediction" for a network that answers so, or leave use_flow_sigmas out.'
+        )
+    return made
 
 
 def path_name(scheduler: Any) -> str:

@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffopd.errors import UserError
 from diffopd.path import PATHS, Path
 from diffopd.prediction import Prediction, Transition
 
@@ -129,12 +128,6 @@ def _dpm_place(scheduler: Scheduler, timestep: Any) -> Place:
     index = _step_index(scheduler, timestep)
     levels = scheduler.sigmas[index], scheduler.sigmas[index + 1]
     if getattr(scheduler.config, "use_flow_sigmas", False):
-        if scheduler.config.prediction_type != "flow_prediction":
-            raise UserError(
-                f"{type(scheduler).__name__} with use_flow_sigmas reads the network's answer as "
-                f"{scheduler.config.prediction_type!r}, which is not driven here. Set prediction_type = "
-                '"flow_prediction" for a network that answers so, or leave use_flow_sigmas out.'
-            )
         return Place(float(levels[0]), float(levels[1]), PATHS["flow"])
     return Place(_ve_level(levels[0])[0], _ve_level(levels[1])[0], PATHS["vp"])
 

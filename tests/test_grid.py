@@ -42,7 +42,9 @@ def test_the_noise_objective_is_refused_from_pure_noise_on_the_flow_path(recipe)
 
 
 def test_flow_levels_with_an_answer_that_is_no_flow_are_refused(recipe):
-    assert "reads the network's answer as 'v_prediction', which is not driven here" in recipe(MISREAD)
+    said = recipe(MISREAD)
+    assert "would read the network's answer as 'v_prediction', which is not driven here" in said
+    assert said.startswith("--set student.scheduler=")
 
 
 def test_a_flow_scheduler_that_renoises_draws_noise_and_the_plain_one_does_not(recipe):
