@@ -303,6 +303,30 @@ def test_the_reports_pictures_are_drawn_by_the_weights_to_deploy(tiny_recipe, mo
     assert not all(torch.equal(drawn[name], trained[name]) for name in trained)
 
 
+def test_an_update_is_made_at_the_schedules_rate_with_clipped_gradients(tiny_recipe):
+    run, trained = prepared(
+        recipe_with(tiny_recipe, "train.lr_warmup_steps=4", "train.learning_rate=1e-3", "train.max_grad_norm=1e-6")
+    )
+    loop.one_update(run, trained, Watch())
+    assert trained.optimizer.param_groups[0]["lr"] == pytest.approx(1e-3 / 4)
+    norm = sum(p.grad.square().sum() for p in run.student.parameters.values()) ** 0.5
+    assert float(norm) == pytest.approx(1e-6, rel=1e-2)
+
+
+def test_tasks_of_one_update_begin_from_noise_of_their_own(tiny_recipe, monkeypatch):
+    run, trained = prepared(recipe_with(tiny_recipe))
+    begun, draw = [], loop.noise.draw
+
+    def noted(shape, **keys):
+        if keys["solver_step"] == loop.INITIAL:
+            begun.extend(keys["sample_indices"])
+        return draw(shape, **keys)
+
+    monkeypatch.setattr(loop.noise, "draw", noted)
+    loop.one_update(run, trained, Watch())
+    assert len(run.teachers) == 2 and len(begun) == len(set(begun)) >= 2
+
+
 def test_a_checkpoint_of_another_rank_is_refused(tiny_recipe, tmp_path):
     run_to_end(recipe_with(tiny_recipe))
     run, trained = prepared(recipe_with(tiny_recipe, "student.rank=3"))
