@@ -112,3 +112,9 @@ def test_each_row_is_drawn_from_its_own_picture(made):
     assert (both[0] != swapped[0]).any() and (both[1] != swapped[1]).any()
     same = draw(made.pipe, ["a frog", "a star"], np.stack([pictures[0], pictures[0]]), 2, 2.0)
     assert np.abs(same[0].astype(int) - both[0]).max() <= 1
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_what_workers_draw_ahead_comes_in_order_and_is_the_same_without_them(made, workers):
+    with script("world_training").drawn_ahead(lambda number: number**2, 3, workers) as drawn:
+        assert [next(drawn) for _ in range(20)] == [number**2 for number in range(3, 23)]
