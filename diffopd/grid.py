@@ -13,9 +13,6 @@ from diffopd.errors import UserError, suggestion
 from diffopd.recipe import Recipe, StudentSettings, TeacherSettings
 from diffopd.settings import Location
 
-# Schedulers whose own step draws noise, whatever their settings.
-STOCHASTIC = ("DDPMScheduler", "LCMScheduler", "EulerAncestralDiscreteScheduler")
-
 
 @dataclass(frozen=True)
 class Grid:
@@ -26,11 +23,14 @@ class Grid:
 
 
 def make_scheduler(recipe: Recipe, base: Blueprint) -> Any:
-    """The scheduler with the recipe's override. UserError for a wrong class, key or value, or a missing package."""
+    """The scheduler with the recipe's override.
+
+    UserError for a wrong class, key or value, a missing package, and what cannot be driven.
+    """
     import diffusers
     from diffusers.utils import DummyObject
 
-    from diffopd.schedulers import FAMILIES
+    from diffopd.schedulers import FAMILIES, family_of
 
     config = base.configs.get("scheduler", {})
     override = dict(recipe.student.scheduler)
@@ -60,13 +60,18 @@ def make_scheduler(recipe: Recipe, base: Blueprint) -> Any:
             f"{place}: {name} with use_flow_sigmas would read the network's answer as {answer!r}, which is not driven "
             'here. Set prediction_type = "flow_prediction" for a network that answers so, or leave use_flow_sigmas out.'
         )
+    try:
+        family_of(made)
+    except ValueError as error:
+        raise UserError(f"{place}: {error}") from error
     return made
 
 
 def path_name(scheduler: Any) -> str:
     """ "flow" or "vp": the path that a scheduler walks."""
-    is_vp = hasattr(scheduler, "alphas_cumprod") and not getattr(scheduler.config, "use_flow_sigmas", False)
-    return "vp" if is_vp else "flow"
+    from diffopd.schedulers import family_of
+
+    return family_of(scheduler).path(scheduler)
 
 
 def grid_of(
@@ -79,7 +84,7 @@ def grid_of(
     """
     side = recipe.student if teacher is None else recipe.teachers[teacher]
     location = ("student",) if teacher is None else ("teachers", teacher)
-    if path_name(scheduler) == "flow" or {"timesteps", "sigmas"} & set(side.call):
+    if path_name(scheduler) == "flow" or _from_call(scheduler) or {"timesteps", "sigmas"} & set(side.call):
         return _rehearsed_grid(recipe, base, scheduler, side_arguments(side, num_inference_steps), location)
     try:
         scheduler.set_timesteps(num_inference_steps)
@@ -122,8 +127,16 @@ def _rehearsed_grid(
     return Grid(made.timesteps, levels)
 
 
+def _from_call(scheduler: Any) -> bool:
+    from diffopd.schedulers import family_of
+
+    return family_of(scheduler).grid_from_call
+
+
 def _vp_levels(scheduler: Any, timesteps: tuple[float, ...]) -> tuple[float, ...]:
-    return tuple(max(0.0, 1.0 - float(scheduler.alphas_cumprod[int(t)])) ** 0.5 for t in timesteps)
+    from diffopd.schedulers import family_of
+
+    return tuple(family_of(scheduler).level(scheduler, t) for t in timesteps)
 
 
 def check_nesting(recipe: Recipe, base: Blueprint, scheduler: Any, grid: Grid) -> None:
@@ -202,16 +215,11 @@ def _check_step_settings(recipe: Recipe, visits: int) -> None:
 
 
 def _check_solver(recipe: Recipe, scheduler: Any) -> None:
-    """The scheduler can be driven, and the named solvers exist on its path."""
+    """The named solvers exist on the scheduler's path."""
     from diffopd.path import PATHS
-    from diffopd.schedulers import family_of
     from diffopd.solver import get_solver
 
     student, objective = recipe.student, recipe.objective
-    try:
-        family_of(scheduler)
-    except ValueError as error:
-        raise UserError(f"{recipe.place('student', 'scheduler')}: {error}") from error
     named = [("student", "solver", student.solver, student.noise_level)]
     named += [("objective", "substep_solver", objective.substep_solver, 0.0)] if objective.substeps > 1 else []
     for section, key, name, noise_level in named:
@@ -239,6 +247,7 @@ def _check_step_calls(recipe: Recipe, scheduler: Any, grid: Grid | None) -> None
 def _check_noise(recipe: Recipe, scheduler: Any, visits: int) -> None:
     """An objective that divides by the std of a step needs steps that have one."""
     from diffopd.objective import OBJECTIVES
+    from diffopd.solver import SOLVERS
 
     student, objective = recipe.student, recipe.objective
     if not OBJECTIVES[objective.name].needs_std:
@@ -258,7 +267,7 @@ def _check_noise(recipe: Recipe, scheduler: Any, visits: int) -> None:
             f"{place} compares distributions, but {what} draws no noise (std 0). Take objective "
             '"mean", or a stochastic solver (ddim, flow_sde, dance_sde) with noise_level above 0.'
         )
-    ends_still = student.solver in ("native", "ddim", "lcm") and ends_at_picture(scheduler)
+    ends_still = ends_at_picture(scheduler) and (student.solver == "native" or SOLVERS[student.solver].still_at_picture)
     if ends_still and objective.final_step is None and _asks_at(objective.query, visits - 1, visits):
         raise UserError(
             f"{place} is undefined at the last step, which draws no noise (std 0). Set final_step = "
@@ -274,16 +283,13 @@ def ends_at_picture(scheduler: Any) -> bool:
 
 def draws_noise(recipe: Recipe, scheduler: Any) -> bool:
     """Whether the steps of the student's walk draw noise."""
+    from diffopd.schedulers import family_of
     from diffopd.solver import SOLVERS
 
     if recipe.student.solver != "native":
         row = SOLVERS[recipe.student.solver]
         return row.stochastic and bool(recipe.student.noise_level or not row.noise)
-    name = type(scheduler).__name__
-    is_sde = str(getattr(scheduler.config, "algorithm_type", "")).startswith("sde")
-    has_eta = name == "DDIMScheduler" and recipe.student.call.get("eta", 0.0) > 0
-    is_renoised = bool(getattr(scheduler.config, "stochastic_sampling", False))  # FlowMatchEulerDiscreteScheduler
-    return is_sde or has_eta or is_renoised or name in STOCHASTIC
+    return family_of(scheduler).draws_noise(scheduler, recipe.student.call)
 
 
 def _asks_at(query: str | dict[str, Any], index: int, visits: int) -> bool:

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_map
 from diffopd.blueprint import Blueprint, build_component, build_on_meta
 from diffopd.drive import replaced_forward
 from diffopd.parts import completed
+from diffopd.schedulers import family_of
 
 CLIP_TOKENS = 77
 DENOISERS = ("unet", "transformer", "transformer_2")
@@ -66,7 +67,7 @@ def rehearse(
     with torch.no_grad(), _stand_ins(pipeline, result, is_computed=trained is not None):
         inspect.unwrap(type(pipeline).__call__)(pipeline, **told)
     levels = getattr(scheduler, "sigmas", None)
-    result.timesteps = tuple(float(t) for t in scheduler.timesteps)
+    result.timesteps = tuple(float(t) for t in family_of(scheduler).timesteps(scheduler))
     result.sigmas = () if levels is None else tuple(float(s) for s in levels)[: len(result.timesteps)]
     return result
 

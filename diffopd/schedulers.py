@@ -1,15 +1,15 @@
 """What a diffusers scheduler's `model_output` and `sample` mean, and its own step as a `Transition`.
 
-This is the only place that knows scheduler classes. One row of `FAMILIES` per class says where on the path a
-`step` call stands (canonical sigma in [0, 1]), how the pipeline's sample is scaled there, and whether a step
-may draw noise. Everything else in the project speaks `Prediction` and `Transition`.
+This is the only place that knows scheduler classes. One row of `FAMILIES` per class says where on which path a
+`step` call stands (canonical sigma in [0, 1]), how the pipeline's sample is scaled there, and whether its steps
+draw noise. Everything else in the project speaks `Prediction` and `Transition`.
 """
 
 from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffopd.parts import widened
 from diffopd.path import PATHS, Path
 from diffopd.prediction import Prediction, Transition
 
@@ -42,14 +43,22 @@ class Place:
 
 @dataclass(frozen=True)
 class Family:
-    """One row: how to locate a step call of this scheduler class, which settings are refused, and its grid."""
+    """One row: how to locate a step call of this scheduler class, which settings are refused, and its grid.
+
+    draws_noise(scheduler, call): whether its steps do, given the pipeline call's arguments. path: "flow" or "vp".
+    level: the canonical sigma of a timestep on the vp path. grid_from_call: only the pipeline's call knows the grid.
+    """
 
     locate: Callable[[Scheduler, Any], Place]
     refuse: Callable[[Scheduler], str | None] = lambda scheduler: None
     timesteps: Callable[[Scheduler], Tensor] = lambda scheduler: scheduler.timesteps
+    draws_noise: Callable[[Scheduler, Mapping[str, Any]], bool] = lambda scheduler, call: False
+    path: Callable[[Scheduler], str] = lambda scheduler: "vp"
+    level: Callable[[Scheduler, float], float] = lambda scheduler, t: _from_alphas(scheduler.alphas_cumprod[int(t)])
+    grid_from_call: bool = False
 
 
-def _from_alphas(scheduler: Scheduler, alpha_cumprod: float) -> float:
+def _from_alphas(alpha_cumprod: float) -> float:
     return max(0.0, 1.0 - float(alpha_cumprod)) ** 0.5
 
 
@@ -57,8 +66,8 @@ def _alphas_place(scheduler: Scheduler, timestep: Any, previous: int) -> Place:
     """DDIM, DDPM, PNDM, LCM: levels from alphas_cumprod, `previous` < 0 means the final level."""
     alphas = scheduler.alphas_cumprod.double()
     final = float(getattr(scheduler, "final_alpha_cumprod", 1.0))
-    now = _from_alphas(scheduler, alphas[int(timestep)])
-    after = _from_alphas(scheduler, alphas[int(previous)] if previous >= 0 else final)
+    now = _from_alphas(alphas[int(timestep)])
+    after = _from_alphas(alphas[int(previous)] if previous >= 0 else final)
     return Place(now, after, PATHS["vp"])
 
 
@@ -127,7 +136,7 @@ def _dpm_place(scheduler: Scheduler, timestep: Any) -> Place:
     """DPM-Solver, UniPC, DEIS: VE levels as numbers, but samples kept at variance-preserving scale."""
     index = _step_index(scheduler, timestep)
     levels = scheduler.sigmas[index], scheduler.sigmas[index + 1]
-    if getattr(scheduler.config, "use_flow_sigmas", False):
+    if _flow_sigmas(scheduler) == "flow":
         return Place(float(levels[0]), float(levels[1]), PATHS["flow"])
     return Place(_ve_level(levels[0])[0], _ve_level(levels[1])[0], PATHS["vp"])
 
@@ -147,6 +156,22 @@ def _scm_place(scheduler: Scheduler, timestep: Any) -> Place:
     return Place(now, after, PATHS["vp"], scale, scale, output_scale=scale)
 
 
+def _flow_sigmas(scheduler: Scheduler) -> str:
+    return "flow" if getattr(scheduler.config, "use_flow_sigmas", False) else "vp"
+
+
+def _always(scheduler: Scheduler, call: Mapping[str, Any]) -> bool:
+    return True
+
+
+def _sde(scheduler: Scheduler, call: Mapping[str, Any]) -> bool:
+    return scheduler.config.algorithm_type.startswith("sde")
+
+
+def _renoised(scheduler: Scheduler, call: Mapping[str, Any]) -> bool:
+    return bool(scheduler.config.stochastic_sampling)
+
+
 def _clips(scheduler: Scheduler) -> str | None:
     for name in ("clip_sample", "thresholding"):
         if getattr(scheduler.config, name, False):
@@ -164,20 +189,26 @@ def _prk(scheduler: Scheduler) -> str | None:
 
 
 FAMILIES: dict[str, Family] = {
-    "DDIMScheduler": Family(_leading_place, _clips),
-    "DDPMScheduler": Family(_ddpm_place, _clips),
-    "LCMScheduler": Family(_lcm_place, _clips),
+    "DDIMScheduler": Family(_leading_place, _clips, draws_noise=lambda scheduler, call: call.get("eta", 0.0) > 0),
+    "DDPMScheduler": Family(_ddpm_place, _clips, draws_noise=_always),
+    "LCMScheduler": Family(_lcm_place, _clips, draws_noise=_always),
     "PNDMScheduler": Family(_pndm_place, _prk),
     "EulerDiscreteScheduler": Family(_ve_place),
-    "EulerAncestralDiscreteScheduler": Family(_ve_place),
+    "EulerAncestralDiscreteScheduler": Family(_ve_place, draws_noise=_always),
     "HeunDiscreteScheduler": Family(_heun_place, _clips),
     "KDPM2DiscreteScheduler": Family(_kdpm2_place),
-    "DPMSolverMultistepScheduler": Family(_dpm_place, _clips),
-    "DPMSolverSinglestepScheduler": Family(_dpm_place, _clips),
-    "UniPCMultistepScheduler": Family(_dpm_place, _clips),
-    "DEISMultistepScheduler": Family(_dpm_place, _clips),
-    "FlowMatchEulerDiscreteScheduler": Family(_flow_place),
-    "SCMScheduler": Family(_scm_place, timesteps=lambda scheduler: scheduler.timesteps[:-1]),
+    "DPMSolverMultistepScheduler": Family(_dpm_place, _clips, draws_noise=_sde, path=_flow_sigmas),
+    "DPMSolverSinglestepScheduler": Family(_dpm_place, _clips, draws_noise=_sde, path=_flow_sigmas),
+    "UniPCMultistepScheduler": Family(_dpm_place, _clips, path=_flow_sigmas),
+    "DEISMultistepScheduler": Family(_dpm_place, _clips, path=_flow_sigmas),
+    "FlowMatchEulerDiscreteScheduler": Family(_flow_place, draws_noise=_renoised, path=lambda scheduler: "flow"),
+    "SCMScheduler": Family(
+        _scm_place,
+        timesteps=lambda scheduler: scheduler.timesteps[:-1],
+        draws_noise=_always,
+        level=lambda scheduler, t: math.sin(t),
+        grid_from_call=True,  # its set_timesteps takes an argument that is right in two steps only
+    ),
 }
 
 
@@ -282,7 +313,7 @@ def native_transition(
     The mean is the step with zero noise and keeps the gradient of `model_output`; the std is the difference that
     one unit of noise makes. Multistep history is the scheduler's, hence exact and detached. The state is restored.
     """
-    wide = {k: _widen(arguments[k]) for k in ("model_output", "sample")}
+    wide = {k: widened(arguments[k]) for k in ("model_output", "sample")}
     mean = fork(scheduler, step, {**arguments, **wide}, 0.0)
     probe = {**arguments, **{k: torch.zeros_like(v[:1].detach()) for k, v in wide.items()}}
     std = _noise_std(scheduler, step, probe)
@@ -309,7 +340,3 @@ def _first_row(value: Any, probe: Tensor) -> Any:
         return [_first_row(item, probe) for item in value]
     is_history = isinstance(value, Tensor) and value.ndim == probe.ndim and value.shape[1:] == probe.shape[1:]
     return torch.zeros_like(value[:1]) if is_history else value
-
-
-def _widen(value: Tensor) -> Tensor:
-    return value.to(torch.promote_types(value.dtype, torch.float32))

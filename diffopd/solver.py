@@ -101,7 +101,8 @@ def _log_snr(path: Path, sigma: float) -> float:
 class Solver:
     """One row: on which paths it is defined, its order as an ODE solver, whether noise_level means anything.
 
-    noise: what noise_level is called in its paper, "" where the solver takes none.
+    noise: what noise_level is called in its paper, "" where the solver takes none. still_at_picture: its step to
+    sigma = 0 draws no noise.
     """
 
     name: str
@@ -111,6 +112,7 @@ class Solver:
     stochastic: bool = False
     multistep: bool = False
     noise: str = ""
+    still_at_picture: bool = False
 
 
 SOLVERS: dict[str, Solver] = {
@@ -119,10 +121,10 @@ SOLVERS: dict[str, Solver] = {
         Solver("euler", euler, ("flow",), 1),
         Solver("flow_sde", flow_sde, ("flow",), 1, stochastic=True, noise="a"),
         Solver("dance_sde", dance_sde, ("flow",), 1, stochastic=True, noise="eta"),
-        Solver("ddim", ddim, ("flow", "vp"), 1, stochastic=True, noise="eta"),
+        Solver("ddim", ddim, ("flow", "vp"), 1, stochastic=True, noise="eta", still_at_picture=True),
         Solver("dpmpp_1", dpmpp_1, ("flow", "vp"), 1),
         Solver("dpmpp_2m", dpmpp_2m, ("flow", "vp"), 2, multistep=True),
-        Solver("lcm", lcm, ("flow", "vp"), 1, stochastic=True),
+        Solver("lcm", lcm, ("flow", "vp"), 1, stochastic=True, still_at_picture=True),
     )
 }
 REASONS = {

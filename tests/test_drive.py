@@ -66,6 +66,26 @@ def test_native_transition_is_the_schedulers_own_step_and_leaves_it_alone(name, 
             visit = walk.advance(reply)
 
 
+ONE_CALL_A_STEP = [name for name in SCHEDULERS if name not in ("heun", "kdpm2", "pndm")]
+
+
+@pytest.mark.parametrize(("name", "call"), [*((name, {}) for name in SCHEDULERS), ("ddim", {"eta": 0.5})])
+def test_a_row_says_without_weights_what_a_walk_shows_path_noise_and_levels(name, call):
+    pipeline = pipeline_with(scheduler_named(name))
+    scheduler, row = pipeline.scheduler, family_of(pipeline.scheduler)
+    with Walk(Call(pipeline, arguments(pipeline=pipeline) | call)) as walk:
+        visit, stds = walk.advance(), []
+        while visit is not None:
+            assert visit.place.path.name == row.path(scheduler)
+            if visit.place.path.name == "vp" and name in ONE_CALL_A_STEP:
+                assert row.level(scheduler, float(visit.arguments["timestep"])) == pytest.approx(
+                    visit.place.sigma, abs=1e-3
+                )
+            stds.append(visit.native(visit.prediction).std)
+            visit = walk.advance(visit.native_reply())
+    assert (max(stds) > 0) == row.draws_noise(scheduler, call)
+
+
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("name", ["ddpm", "lcm", "euler", "euler ancestral", "heun", "kdpm2", "dpm++ 2m", "unipc"])
 def test_the_denoised_prediction_of_the_last_state_is_what_the_pipeline_returns(name, kind):

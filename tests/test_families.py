@@ -77,6 +77,20 @@ def test_sana_sprint_walks_in_any_number_of_steps_and_in_two_on_its_own_grid():
     assert survey(call.told(num_inference_steps=4)).timesteps == pytest.approx([1.5708 * n / 4 for n in (4, 3, 2, 1)])
 
 
+def test_sana_sprint_draws_noise_at_every_step_but_the_last():
+    call = cast_of("SanaSprint").call().told(num_inference_steps=3)
+    row = family_of(call.pipeline.scheduler)
+    with Walk(call) as walk:
+        visit, stds = walk.advance(), []
+        while visit is not None:
+            assert visit.place.path.name == row.path(call.pipeline.scheduler) == "vp"
+            level = row.level(call.pipeline.scheduler, float(visit.arguments["timestep"].flatten()[0]))
+            assert level == pytest.approx(visit.place.sigma)
+            stds.append(visit.native(visit.prediction).std)
+            visit = walk.advance(visit.native_reply())
+    assert [std > 0 for std in stds] == [True, True, False] and row.draws_noise(call.pipeline.scheduler, {})
+
+
 @every_family
 def test_a_plan_counts_the_lora_that_a_family_gets_or_says_that_it_takes_none(name, tiny_recipe):
     targets, denoiser = FAMILIES[name].targets, denoiser_of(build(name))

@@ -1,5 +1,7 @@
 """What the grid's checks know of the flow-matching scheduler, before any weight is loaded."""
 
+import math
+
 import pytest
 import rehearsed
 import tiny
@@ -52,6 +54,22 @@ def test_a_flow_scheduler_that_renoises_draws_noise_and_the_plain_one_does_not(r
     assert recipe(*kl, RENOISED) == ""
     assert "draws no noise" in recipe(*kl, FLOW)
     assert "undefined at the last step" in recipe("objective.name=kl", RENOISED)
+
+
+def test_sana_sprint_draws_noise_on_the_variance_preserving_path_in_its_own_grid(tmp_path):
+    rehearsed.pipeline("sana sprint").save_pretrained(tmp_path / "sprint")
+    itself = tiny.write_teacher(tmp_path / "itself", tmp_path / "sprint", form="base")
+    path = tiny.write_recipe(tmp_path / "sprint.toml", tmp_path / "sprint", [itself])
+    sized = "call={use_resolution_binning=false, height=32, width=32}"
+    kl = [f"student.{sized}", f"teachers.itself.{sized}", "objective.name=kl"]
+
+    grid = check(read_recipe(path, [*kl, "objective.final_step=mean"])).grid
+    assert grid.sigmas == pytest.approx([math.sin(t) for t in grid.timesteps])
+    assert len(grid.timesteps) == 2 and grid.timesteps[-1] > 0, "the level after the last step is no state"
+    with pytest.raises(UserError, match="undefined at the last step"):
+        check(read_recipe(path, kl))
+    with pytest.raises(UserError, match="euler is not defined on the vp path"):
+        check(read_recipe(path, [*kl[:2], "student.solver=euler"]))
 
 
 def test_the_grid_of_a_flow_pipeline_is_known_before_weights_and_depends_on_the_call(tmp_path):

@@ -8,6 +8,7 @@ import torch
 from diffopd.adapters import add_adapter
 from diffopd.drive import Call, Walk, denoiser_of
 from diffopd.rehearsal import can_rehearse, rehearse, stand_in_texts
+from diffopd.schedulers import family_of
 
 SIZE = rehearsed.SIZE
 NEGATIVE = {"negative_prompt": "grey"}
@@ -90,7 +91,8 @@ def test_rows_and_grid_are_those_of_the_real_call(base, family, form):
     with torch.no_grad():
         type(call.pipeline).__call__(call.pipeline, **call.arguments)
     assert sum(made.rows) == sum(rows) == 2 * len(made.rows) * FORMS[family][form][1]
-    assert made.timesteps == tuple(float(t) for t in call.pipeline.scheduler.timesteps)
+    scheduler = call.pipeline.scheduler
+    assert made.timesteps == tuple(float(t) for t in family_of(scheduler).timesteps(scheduler))
     if made.sigmas:
         assert made.sigmas == tuple(call.pipeline.scheduler.sigmas[: len(made.sigmas)].tolist())
 
