@@ -95,6 +95,28 @@ def test_the_gradient_is_that_of_four_unguided_answers(tmp_path):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-3)
 
 
+def test_streaming_and_two_pass_gradients_are_equal_of_two_guided_answers():
+    pipeline = tiny.build_pipeline()
+    freeze(pipeline)
+    parameters = add_adapter(pipeline.unet, STUDENT, rank=2, lora_alpha=4, target_modules=["to_q", "to_v"])
+    with torch.no_grad():
+        for parameter in parameters.values():
+            parameter.add_(0.05)
+    _, told, others = sd(None)
+    sides = [
+        Call(shell(pipeline), {**side, "guidance_scale": 2.0, "num_inference_steps": 3}) for side in (told, others)
+    ]
+    gradients = []
+    for two_pass in (False, True):
+        manner = Manner(get_objective("positive_direction"), [0, 2], needs_branches=True, two_pass=two_pass)
+        states = supervise(*sides, manner=manner, noise=lambda index: None, backward=lambda loss: loss.sum().backward())
+        assert [state.index for state in states] == [0, 2]
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in parameters.values()]))
+        pipeline.unet.zero_grad()
+    assert gradients[1].abs().max() > 0
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-9)
+
+
 def test_a_side_without_guidance_is_explained():
     pipeline = tiny.build_pipeline()
     freeze(pipeline)

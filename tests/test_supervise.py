@@ -36,7 +36,8 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).abs().max() / b.abs().max())
 
 
-OBJECTIVES = {name: row for name, row in ROWS.items() if not row.needs_branches}  # those have tests of their own
+# Those that need two guided answers are in test_branches.
+OBJECTIVES = {name: row for name, row in ROWS.items() if not row.needs_branches}
 
 
 def every_objective(solver: str):
@@ -83,6 +84,21 @@ def test_streaming_and_two_pass_gradients_are_equal_for_every_objective_and_solv
     for objective in OBJECTIVES:
         assert repeated[objective].abs().max() > 0, objective
         assert relative(streamed[objective], repeated[objective]) < 1e-5, objective
+
+
+@pytest.mark.parametrize("substep_solver", ["auto", "dpmpp_2m"])
+@pytest.mark.parametrize(
+    ("name", "solver"), [("ddim", "native"), ("ddpm", "native"), ("ddim", "ddim"), ("unipc", "lcm")]
+)
+def test_streaming_and_two_pass_gradients_are_equal_with_substeps(name, solver, substep_solver):
+    cast, gradients = cast_for(scheduler_named(name, timestep_spacing="trailing"), batch=2), []
+    noise_level = 0.7 if solver == "ddim" else 0.0
+    walk = {"solver": solver, "noise_level": noise_level, "substeps": 5, "substep_solver": substep_solver}
+    for two_pass in (False, True):
+        run(cast, Manner(get_objective("mean"), [0, 2, 3], two_pass=two_pass, **walk))
+        gradients.append(cast.gradient())
+    assert gradients[1].abs().max() > 0
+    assert relative(*gradients) < 1e-5
 
 
 def test_the_flow_matching_scheduler_with_noise_trains_under_every_objective():
@@ -221,6 +237,27 @@ def test_substeps_of_a_teacher_equal_to_the_student_land_where_its_own_longer_wa
     visits = rollout(cast.itself.told(num_inference_steps=20))
     fifth = [visit.sample for visit, _ in zip(visits, range(6), strict=False)][5]
     torch.testing.assert_close(landings[0], fifth, rtol=1e-4, atol=1e-5)
+
+
+def test_multistep_substeps_begin_anew_at_every_state_of_the_student():
+    """Landings of 5 substeps of DPM-Solver++ 2M are those of the stock scheduler, started at each state."""
+    cast = cast_for(scheduler_named("dpm++ 2m", timestep_spacing="trailing"), teacher_guidance=1.0)
+    seen = []
+    supervise(
+        cast.student,
+        cast.itself,
+        manner=Manner(get_objective("mean"), range(3), substeps=5, substep_solver="dpmpp_2m"),
+        noise=noise_from(1),
+        backward=None,
+        observe=lambda step, said, taught: seen.append((step.sample, taught.transition.mean)),
+    )
+    cast.pipeline.scheduler.set_timesteps(20)
+    fine = [int(timestep) for timestep in cast.pipeline.scheduler.timesteps]
+    for index, (state, landing) in enumerate(seen):
+        call = cast.itself.told(latents=state, timesteps=fine[5 * index :], num_inference_steps=None)
+        visits = rollout(call)
+        fifth = [visit.sample for visit, _ in zip(visits, range(6), strict=False)][5]
+        torch.testing.assert_close(landing, fifth, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("objective", ["mean", "velocity", "denoised", "noise"])
