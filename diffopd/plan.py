@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from diffopd.footprint import Footprint, footprint
 from diffopd.grid import Grid, make_scheduler, side_arguments
@@ -64,17 +64,21 @@ class Plan:
 
 def make_plan(parts: Parts) -> Plan:
     """The plan of a checked recipe."""
+    from diffopd.rehearsal import forwards
+
     recipe, base = parts.recipe, parts.base
     visits = len(parts.grid.timesteps) if parts.grid else recipe.student.num_inference_steps
     walked, asked = visited(recipe, visits)
     total = sum(teacher.weight for teacher in recipe.teachers)
     teachers = []
-    rows = forwards(parts, side_arguments(recipe.student, recipe.student.num_inference_steps))
+    told = side_arguments(recipe.student, recipe.student.num_inference_steps)
+    rows = forwards(base, make_scheduler(recipe, base), told)
     student = 0.0
     for settings, card in zip(recipe.teachers, parts.cards, strict=True):
         guidance = card.guidance_scale if settings.guidance_scale is None else settings.guidance_scale
         is_given = card.form == "pictures"
-        calls = forwards(parts, side_arguments(settings, visits * recipe.objective.substeps, guidance))
+        told = side_arguments(settings, visits * recipe.objective.substeps, guidance)
+        calls = forwards(base, make_scheduler(recipe, base), told)
         prompts = len(parts.train_rows[card.name]), len(parts.test_rows[card.name])
         cost = 0.0 if is_given else asked * recipe.objective.substeps * calls
         student += settings.weight / total * (asked * calls if is_given else walked * rows)
@@ -93,20 +97,6 @@ def make_plan(parts: Parts) -> Plan:
         pictures_per_update=tasks * train.batch_size * train.gradient_accumulation_steps,
         held=footprint(parts),
     )
-
-
-def forwards(parts: Parts, arguments: dict[str, Any]) -> float:
-    """Denoiser rows per picture and state of a call with `arguments`, counted on the pipeline's own code.
-
-    Guidance costs a second row in one call, a second call, or nothing, as the family has it. For a pipeline that
-    cannot be rehearsed it is taken to cost a second row above a guidance_scale of 1.
-    """
-    from diffopd.rehearsal import can_rehearse, rehearse
-
-    if not can_rehearse(parts.base, arguments):
-        return 2 if arguments["guidance_scale"] > 1 else 1
-    rows = rehearse(parts.base, make_scheduler(parts.recipe, parts.base), arguments).rows
-    return sum(rows) / len(rows)
 
 
 def visited(recipe: Recipe, visits: int) -> tuple[float, float]:

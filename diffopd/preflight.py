@@ -17,7 +17,7 @@ from diffopd.call_check import (
 from diffopd.data import PromptRow
 from diffopd.errors import UserError
 from diffopd.fit_check import check_fit, check_warm_start, lora_size
-from diffopd.grid import Grid, check_walk, grid_of, make_scheduler
+from diffopd.grid import Grid, check_walk, grid_of, make_scheduler, side_arguments
 from diffopd.locate import PACKAGE, find_pipeline
 from diffopd.recipe import Recipe
 from diffopd.rows_check import check_contexts, check_given, check_pictures, check_test_rows, read_rows
@@ -61,6 +61,7 @@ def check(recipe: Recipe, *, hash_weights: bool = False) -> Parts:
     check_call_arguments(recipe, base)
     check_contexts(recipe, base, cards, train)
     grid = check_walk(recipe, base)
+    _check_two_answers(recipe, base, cards)
     for index, card in enumerate(cards):
         check_fit(recipe, index, card, base, shipped=not hash_weights)
     check_warm_start(recipe, base, cards)
@@ -127,6 +128,29 @@ def _cards(recipe: Recipe) -> tuple[TeacherCard, ...]:
             )
         cards.append(card)
     return tuple(cards)
+
+
+def _check_two_answers(recipe: Recipe, base: Blueprint, cards: tuple[TeacherCard, ...]) -> None:
+    """An objective that compares what guided answers are made of needs both sides guided by two of them."""
+    from diffopd.objective import OBJECTIVES
+    from diffopd.rehearsal import forwards
+
+    if not OBJECTIVES[recipe.objective.name].needs_branches:
+        return
+    steps = recipe.student.num_inference_steps
+    sides = [("student", "the student", side_arguments(recipe.student, steps))]
+    for teacher, card in zip(recipe.teachers, cards, strict=True):
+        guidance = card.guidance_scale if teacher.guidance_scale is None else teacher.guidance_scale
+        told = side_arguments(teacher, steps, guidance)
+        sides.append((f"teachers.{card.name}", f"teacher {card.name!r}", told))
+    for section, who, told in sides:
+        if forwards(base, make_scheduler(recipe, base), told) < 2:
+            raise UserError(
+                f"{recipe.place('objective', 'name')}: objective {recipe.objective.name!r} compares the two answers of "
+                f"each side's guidance, but {who} gives one (guidance_scale = {told['guidance_scale']:g}). Set "
+                f"{section}.guidance_scale so that {base.pipeline_class} guides by two answers "
+                "(above 1 in most), or take another objective."
+            )
 
 
 def _check_scored_steps(recipe: Recipe, base: Blueprint) -> None:

@@ -118,6 +118,18 @@ def test_a_named_solver_needs_a_scheduler_of_one_call_a_step(own_recipe, kind, s
     check(read_recipe(own_recipe, [four, f"student.solver={solver}"]))
 
 
+def test_an_objective_of_two_answers_needs_guidance_on_both_sides(own_recipe):
+    asked, names = "objective.name=positive_direction", [card.name for card in check(read_recipe(own_recipe)).cards]
+    teachers = [f"teachers.{name}.guidance_scale=2" for name in names]
+    text = refusal(own_recipe, asked, *teachers)
+    assert "--set objective.name=positive_direction" in text and "the student gives one (guidance_scale = 1)" in text
+    assert "Set student.guidance_scale" in text
+    guided = [asked, "student.guidance_scale=2", *teachers]
+    check(read_recipe(own_recipe, guided))
+    text = refusal(own_recipe, *guided, teachers[0].replace("=2", "=1"))
+    assert f"teacher {names[0]!r} gives one" in text and f"Set teachers.{names[0]}.guidance_scale" in text
+
+
 def test_a_kl_without_noise_is_refused(own_recipe):
     assert "draws no noise" in refusal(own_recipe, "objective.name=kl", "student.solver=ddim")
     assert "draws no noise" in refusal(own_recipe, "objective.name=kl")
