@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from diffopd.objective import mean_square
 from diffopd.prediction import Prediction, Transition
 
 STD_FLOOR = 1e-4  # Flow-GRPO's: a group of equal rewards has advantage 0, not 0 / 0
@@ -73,12 +74,12 @@ def _normalised_error(said: Prediction, velocity: Tensor, denoised: Tensor) -> T
 
 def matching(answer: Tensor, wanted: Tensor) -> Tensor:
     """|answer - wanted|^2 (B,): the loss of the base itself, both (B, ...) in its own terms (noise or velocity)."""
-    return _mean_square(answer - wanted.detach())
+    return mean_square(answer - wanted.detach())
 
 
 def velocity_distance(said: Prediction, base: Prediction) -> Tensor:
     """|v - v_base|^2, what holds DiffusionNFT near the base; (B,)."""
-    return _mean_square(said.velocity - base.velocity.detach())
+    return mean_square(said.velocity - base.velocity.detach())
 
 
 def kl_to_base(said: Transition, base: Transition) -> Tensor:
@@ -149,7 +150,3 @@ def _clipped(log_ratio: Tensor, advantage: Tensor, clip: float) -> PolicyLoss:
     bounded = ratio.clamp(1 - clip, 1 + clip)
     loss = torch.maximum(-advantage * ratio, -advantage * bounded)
     return PolicyLoss(loss, ratio.detach(), float((ratio != bounded).float().mean()))
-
-
-def _mean_square(difference: Tensor) -> Tensor:
-    return difference.square().flatten(1).mean(1)

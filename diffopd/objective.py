@@ -22,7 +22,7 @@ ObjectiveFunction = Callable[[Proposal, Proposal, Step], Tensor]
 
 def mean(student: Proposal, teacher: Proposal, step: Step) -> Tensor:
     """1/2 ||mean_S - mean_T||^2, DiffusionOPD's ODE loss, Eq. (12) of arXiv:2605.15055: dt^2/2 |dv|^2 on flow."""
-    return 0.5 * _square(student.transition.mean - teacher.transition.mean)
+    return 0.5 * mean_square(student.transition.mean - teacher.transition.mean)
 
 
 def kl(student: Proposal, teacher: Proposal, step: Step) -> Tensor:
@@ -42,17 +42,17 @@ def released_sde(student: Proposal, teacher: Proposal, step: Step, *, solver: st
     w2 = student.transition.std**2
     if solver == "flow_sde":
         w2 = w2 / abs(step.dt)
-    return _square(student.transition.mean - teacher.transition.mean) / (2 * max(w2, 1e-8))
+    return mean_square(student.transition.mean - teacher.transition.mean) / (2 * max(w2, 1e-8))
 
 
 def velocity(student: Proposal, teacher: Proposal, step: Step) -> Tensor:
     """|v_S - v_T|^2, D-OPSD's paper loss (arXiv:2605.05204)."""
-    return _square(student.prediction.velocity - teacher.prediction.velocity)
+    return mean_square(student.prediction.velocity - teacher.prediction.velocity)
 
 
 def denoised(student: Proposal, teacher: Proposal, step: Step) -> Tensor:
     """|x0_S - x0_T|^2 = sigma^2 |dv|^2, the loss of D-OPSD's released code: high noise weighs most."""
-    return _square(student.prediction.denoised - teacher.prediction.denoised)
+    return mean_square(student.prediction.denoised - teacher.prediction.denoised)
 
 
 def noise(student: Proposal, teacher: Proposal, step: Step) -> Tensor:
@@ -62,7 +62,7 @@ def noise(student: Proposal, teacher: Proposal, step: Step) -> Tensor:
             f"objective 'noise' compares nothing at step {step.index} (sigma {step.sigma:.4f}): alpha = 0 there, so "
             'the noise is the sample whatever is predicted. Take "velocity" or "mean", or a query without this step.'
         )
-    return _square(student.prediction.noise - teacher.prediction.noise)
+    return mean_square(student.prediction.noise - teacher.prediction.noise)
 
 
 def positive_direction(student: Proposal, teacher: Proposal, step: Step) -> Tensor:
@@ -77,7 +77,7 @@ def positive_direction(student: Proposal, teacher: Proposal, step: Step) -> Tens
     (positive, negative), (taught, taught_negative) = student.branches, teacher.branches
     direction = positive.velocity - negative.velocity
     taught_direction = taught.velocity - taught_negative.velocity
-    return _square(positive.velocity - taught.velocity) + _square(direction - taught_direction)
+    return mean_square(positive.velocity - taught.velocity) + mean_square(direction - taught_direction)
 
 
 def is_pure_noise(path: Path, sigma: float) -> bool:
@@ -85,7 +85,8 @@ def is_pure_noise(path: Path, sigma: float) -> bool:
     return float(path.alpha(sigma)) ** 2 < 1e-7
 
 
-def _square(difference: Tensor) -> Tensor:
+def mean_square(difference: Tensor) -> Tensor:
+    """(B, ...) -> (B,): the mean over all but the batch."""
     return difference.square().flatten(1).mean(1)
 
 

@@ -47,6 +47,7 @@ class Manner:
     needs_branches: bool = False
 
     def weight(self, index: int) -> float:
+        """The factor of the loss at state `index`."""
         return self.step_weights[index] if self.step_weights else 1.0
 
 
@@ -101,18 +102,21 @@ class StudentWalk:
         self._history: tuple[Prediction, ...] = ()
 
     def advance(self, reply: Any, *, grad: bool, idle: bool = False) -> Visit:
+        """On to the next state; RuntimeError where the pipeline has ended before it."""
         visit = self._walk.advance(reply, grad=grad, idle=idle)
         if visit is None:
             raise RuntimeError("The student's pipeline ended before its last supervised state.")
         return visit
 
     def transition(self, visit: Visit, prediction: Prediction) -> Transition:
+        """The Gaussian over the next state, from this one under a prediction (B, ...)."""
         if self._manner.solver == "native":
             return visit.native(prediction)
         solver = get_solver(self._manner.solver, prediction.path, self._manner.noise_level)
         return solver(prediction, visit.step, self._history)
 
     def propose(self, visit: Visit) -> Proposal:
+        """What the student says here, and the step that this makes."""
         return Proposal(visit.prediction, self.transition(visit, visit.prediction))
 
     def move(self, visit: Visit, noise: Tensor) -> Any:
