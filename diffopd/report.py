@@ -168,6 +168,7 @@ def score_table(rows: list[Row], teachers: list[str]) -> dict[str, Any] | None:
         "rows": table,
         "best_of": lambda cell: any(cell is row for row in best),
         "num_prompts": sorted({row["num_prompts"] for row in rows}),
+        "num_asked": sorted({row["num_asked"] for row in rows if "num_asked" in row}),
         "seeds": sorted({seed for row in rows for seed in row["seeds"]}),
         "has_cards": any(row.get("source") == "card" for row in rows),
     }
