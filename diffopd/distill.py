@@ -76,6 +76,7 @@ class Run:
 
     @property
     def rows_per_task(self) -> int:
+        """Pictures of a task's turn in one update, over all micro-batches and processes."""
         train = self.recipe.train
         return train.batch_size * train.gradient_accumulation_steps * self.processes.world
 

@@ -142,6 +142,7 @@ class ScoreRow:
 
     @property
     def kind(self) -> str:
+        """'base', 'teacher', 'average' or 'student'."""
         return self.model.partition(":")[0]
 
     @property
