@@ -260,13 +260,13 @@ def looks(run: Path, metrics: list[Row]) -> Row | None:
     lines = [Series(n, [(r["update"], r[n]) for r in rows], f"var(--c{i})") for i, n in enumerate(names)]
     last = f"looks/{rows[-1]['update']:06d}.png" if rows else ""
     shown = {
-        "check_picture": grid_of(run, "teacher-check.png", 3) if check is not None else None,
-        "picture": grid_of(run, last, 2) if rows else None,
+        "check_picture": grid_picture(run, "teacher-check.png", 3) if check is not None else None,
+        "picture": grid_picture(run, last, 2) if rows else None,
     }
     return {"chart": charts.line_chart(lines, smooth=False, dots=True), "rows": rows, "check": check, **shown}
 
 
-def grid_of(run: Path, file: str, columns: int) -> Row | None:
+def grid_picture(run: Path, file: str, columns: int) -> Row | None:
     """A grid of pictures as `picture`, however many rows it has."""
     return picture(run, file, columns * LARGEST_CELL, 10**6)
 
