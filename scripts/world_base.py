@@ -170,7 +170,7 @@ def open_weights(pipeline: Path) -> Base:
 
 
 def _keep(state: BaseState, output: Path, batch: int, snapshot_every: int) -> None:
-    """Saves the state every 500 updates and a copy of the average at each multiple of snapshot_every."""
+    """Saves the state every 200 updates and a copy of the average at each multiple of snapshot_every."""
     if state.update % 200 == 0:
         state.save(output / "base.pt")
     thousands = state.update * batch // snapshot_every * snapshot_every // 1000
