@@ -90,6 +90,5 @@ def diversity(images: Sequence[Any]) -> float:
         return 0.0
     thumbnails = [np.asarray(image.convert("RGB").resize((16, 16)), dtype=np.float64).ravel() / 255 for image in images]
     stack = np.stack(thumbnails)
-    squares = ((stack[:, None] - stack[None]) ** 2).mean(2)
-    upper = np.triu_indices(len(stack), 1)
-    return float(np.sqrt(squares[upper]).mean())
+    pairs = [np.sqrt(((stack[place + 1 :] - one) ** 2).mean(1)) for place, one in enumerate(stack[:-1])]
+    return float(np.concatenate(pairs).mean())

@@ -86,3 +86,4 @@ def test_diversity_is_zero_for_equal_pictures_and_one_between_black_and_white():
     assert diversity([black, black]) == 0
     assert diversity([black, white]) == pytest.approx(1)
     assert diversity([black]) == 0
+    assert diversity([black, black, white]) == pytest.approx(2 / 3)
