@@ -89,6 +89,10 @@ class Teacher:
         """Rows for looks without training: held-out ones, or training ones where those lack what the context shows."""
         return self.test_rows if all(map(self.context.covers, self.test_rows)) else self.train_rows
 
+    def validation_rows(self, count: int) -> list[PromptRow]:
+        """The last `count` watched rows (all, where there are fewer): evaluation scores the first ones."""
+        return self.watched_rows[-count:]
+
 
 def assemble(recipe: Recipe, device: str, processes: Processes = ALONE) -> tuple[Student, list[Teacher]]:
     """Load the base once, put the student and all teachers on it.

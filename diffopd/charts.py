@@ -41,15 +41,18 @@ class Scale:
 
     @classmethod
     def around(cls, points: Sequence[Point]) -> Scale:
+        """The scale that holds all points, with a margin above and below; y must be positive."""
         xs, ys = zip(*points, strict=True)
         low, high = math.log10(min(ys)), math.log10(max(ys))
         margin = max(0.06 * (high - low), 0.04)
         return cls(min(xs), max(xs), low - margin, high + margin)
 
     def x(self, value: float) -> float:
+        """Per cent from the left; the middle where the width is 0."""
         return 100 * (value - self.left) / (self.right - self.left) if self.right > self.left else 50.0
 
     def y(self, value: float) -> float:
+        """Per cent from the top of a positive value."""
         return 100 * (self.high - math.log10(value)) / (self.high - self.low)
 
     def x_ticks(self) -> list[float]:

@@ -26,13 +26,17 @@ from diffopd.errors import UserError
 
 @dataclass
 class Progress:
-    """Counters of a run: finished updates, seconds of training, best held-out loss and checks since it."""
+    """Counters of a run: finished updates, seconds of training, best held-out loss and checks since it.
+
+    validated: a hash of the prompts that the best loss is of, 0 where it is unknown.
+    """
 
     update: int = 0
     seconds: float = 0.0
     best_validation: float | None = None
     checks_since_best: int = 0
     images: int = 0
+    validated: int = 0
 
 
 @dataclass

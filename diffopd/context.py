@@ -100,12 +100,15 @@ class TextOnly:
     rows_per_call: int | None = None
 
     def prompts(self, rows: Sequence[PromptRow]) -> list[str]:
+        """The rows' own prompts."""
         return [row.prompt for row in rows]
 
     def arguments(self, rows: Sequence[PromptRow]) -> dict[str, Any]:
+        """No further arguments."""
         return {}
 
     def covers(self, row: PromptRow) -> bool:
+        """Always: it shows nothing but the prompt."""
         return True
 
 
@@ -116,6 +119,7 @@ class Noised(TextOnly):
     rows_per_call: int | None = 1
 
     def covers(self, row: PromptRow) -> bool:
+        """Whether the row names a picture."""
         return covers("reference_image", row)
 
 
@@ -126,12 +130,15 @@ class EnhancedPrompt:
     rows_per_call: int | None = None
 
     def prompts(self, rows: Sequence[PromptRow]) -> list[str]:
+        """The rows' richer captions."""
         return [row.metadata["enhanced_prompt"] for row in rows]
 
     def arguments(self, rows: Sequence[PromptRow]) -> dict[str, Any]:
+        """No further arguments."""
         return {}
 
     def covers(self, row: PromptRow) -> bool:
+        """Whether the row has a richer caption."""
         return covers("enhanced_prompt", row)
 
 
@@ -146,13 +153,16 @@ class ReferenceImage:
     rows_per_call: int | None = 1
 
     def prompts(self, rows: Sequence[PromptRow]) -> list[str]:
+        """The prompt, then the instruction."""
         return [f"{row.prompt.rstrip(' .')}. {self.instruction}".removesuffix(". ") for row in rows]
 
     def arguments(self, rows: Sequence[PromptRow]) -> dict[str, Any]:
+        """image: the picture of the one row."""
         (row,) = rows
         return {"image": picture(row.metadata["file_name"], row.bucket)}
 
     def covers(self, row: PromptRow) -> bool:
+        """Whether the row names a picture."""
         return covers("reference_image", row)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from diffopd.errors import UserError
 
 SPLIT_FILES = ("{}_metadata.jsonl", "{}.jsonl", "{}.txt")
+NOT_ASKED = {"task", "file_name", "is_drawn", "bucket", "enhanced_prompt"}  # metadata that this package itself reads
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,18 @@ def read_prompts(path: Path | str | Sequence[str], split: str = "train") -> list
         raise UserError(f"{path}: has no prompts. Write at least one line.")
     read = _text_row if path.suffix == ".txt" else _json_row
     return [_located(read(line, f"{path}:{number}"), path) for number, line in enumerate(lines, start=1)]
+
+
+def asked_of(rows: Sequence[PromptRow]) -> list[str]:
+    """What each row asks for: equal for rows that ask for the same in other words, or beside another picture.
+
+    It is the row's metadata without what says how it is told or handled; the prompt itself where a row has no other
+    metadata, or where that of all rows is the same and so tells them not apart.
+    """
+    kept = [{key: value for key, value in row.metadata.items() if key not in NOT_ASKED} for row in rows]
+    told = [json.dumps(one, sort_keys=True) for one in kept]
+    tells_apart = len(set(told)) > 1
+    return [said if one and tells_apart else row.prompt for said, one, row in zip(told, kept, rows, strict=True)]
 
 
 def check_tasks(rows: list[PromptRow], path: Path, teacher: str, teachers: Collection[str]) -> None:

@@ -76,6 +76,7 @@ class Run:
 
     @property
     def rows_per_task(self) -> int:
+        """Pictures of a task's turn in one update, over all micro-batches and processes."""
         train = self.recipe.train
         return train.batch_size * train.gradient_accumulation_steps * self.processes.world
 
@@ -385,15 +386,19 @@ def _follow(run: Run, trained: Trained, *, moved: bool) -> None:
 
 
 def _validate(run: Run, trained: Trained) -> dict[str, float]:
-    """Held-out distillation loss per teacher: the same test prompts and noise every time, averaged weights if kept."""
-    losses = {}
+    """Held-out distillation loss per teacher: the same test prompts and noise every time, averaged weights if kept.
+
+    A best loss of other prompts, as in checkpoints of earlier versions, is none: the count begins anew.
+    """
+    losses, asked = {}, []
     with averaged(trained):
         for slot, teacher in enumerate(run.teachers):
-            rows = teacher.watched_rows[: run.recipe.train.batch_size]
+            rows = teacher.validation_rows(run.recipe.train.batch_size)
             losses[teacher.name] = loss_without_training(run, teacher, rows, update=VALIDATION, slot=slot)
-    progress, mean = trained.progress, sum(losses.values()) / len(losses)
-    if progress.best_validation is None or mean < progress.best_validation:
-        progress.best_validation, progress.checks_since_best = mean, 0
+            asked += [teacher.name, *(row.prompt for row in rows)]
+    progress, mean, validated = trained.progress, sum(losses.values()) / len(losses), noise.hash_of(*asked)
+    if progress.best_validation is None or progress.validated != validated or mean < progress.best_validation:
+        progress.best_validation, progress.checks_since_best, progress.validated = mean, 0, validated
     else:
         progress.checks_since_best += 1
     return losses

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from diffopd import noise, sampling
 from diffopd.adapters import AdapterSwitch, freeze
 from diffopd.assemble import own_denoisers, own_guidance, student_arguments, with_denoiser, with_scheduler
 from diffopd.blueprint import pipeline_hashes
-from diffopd.data import PromptRow, read_prompts
+from diffopd.data import PromptRow, asked_of, read_prompts
 from diffopd.drive import Call, denoiser_of, shell, survey
 from diffopd.load import load_lora, load_pipeline, student_pipeline
 from diffopd.locate import find_pipeline
@@ -96,7 +96,7 @@ def evaluate_run(run_dir: Path, *, everything: bool = False) -> Path:
     results = list(known.values()) + measure(wanted, recipe)
     target = folder.path / "evaluation"
     _draw_grid(target, references, student, tasks, cards, recipe)
-    return _write(target, results, recipe, cards)
+    return _write(target, results, recipe, cards, {task.name: asked_of(task.rows) for task in tasks})
 
 
 def tasks_of(cards: list[TeacherCard], num_prompts: int) -> list[Task]:
@@ -304,7 +304,9 @@ def _draw_grid(
     atomic_write(target / "grid" / "index.json", json.dumps(index, indent=1))
 
 
-def _write(target: Path, results: list[Result], recipe: Recipe, cards: list[TeacherCard]) -> Path:
+def _write(
+    target: Path, results: list[Result], recipe: Recipe, cards: list[TeacherCard], asked: dict[str, list[str]]
+) -> Path:
     lines = []
     for result in results:
         model, steps, scale = result.contender
@@ -313,18 +315,18 @@ def _write(target: Path, results: list[Result], recipe: Recipe, cards: list[Teac
             lines.append(json.dumps(row | {"score": round(score, 6)}))
     atomic_write(target / "prompts.jsonl", "\n".join(lines) + "\n")
     settings = recipe.evaluate
-    rows = [result_row(result, len(result.scores), settings.seeds) for result in results]
+    rows = [result_row(result, asked[result.task], settings.seeds) for result in results]
     _mark_best_guidance(rows)
-    _add_ratios(rows, results, recipe, cards)
+    _add_ratios(rows, results, recipe, cards, asked)
     return atomic_write(
         target / "scores.json", json.dumps({"settings": settings.model_dump(mode="json"), "rows": rows}, indent=1)
     )
 
 
-def result_row(result: Result, num_prompts: int, seeds: list[int]) -> dict[str, Any]:
-    """A result as scores.json holds it."""
+def result_row(result: Result, asked: Sequence[Hashable], seeds: list[int]) -> dict[str, Any]:
+    """A result as scores.json holds it; asked: what each of its prompts asks for (`data.asked_of`)."""
     model, steps, scale = result.contender
-    low, high = bootstrap_interval(result.scores)
+    low, high = bootstrap_interval(result.scores, groups=asked)
     return {
         "model": model,
         "task": result.task,
@@ -334,7 +336,8 @@ def result_row(result: Result, num_prompts: int, seeds: list[int]) -> dict[str, 
         "interval": [low, high],
         "per_seed": result.per_seed,
         "diversity": result.diversity,
-        "num_prompts": num_prompts,
+        "num_prompts": len(result.scores),
+        "num_asked": len(set(asked)),
         "seeds": seeds,
         "seconds": result.seconds,
         "source": result.source,
@@ -348,7 +351,13 @@ def _mark_best_guidance(rows: list[dict[str, Any]]) -> None:
             max(of_base, key=lambda row: row["score"])["is_best_guidance"] = True
 
 
-def _add_ratios(rows: list[dict[str, Any]], results: list[Result], recipe: Recipe, cards: list[TeacherCard]) -> None:
+def _add_ratios(
+    rows: list[dict[str, Any]],
+    results: list[Result],
+    recipe: Recipe,
+    cards: list[TeacherCard],
+    asked: dict[str, list[str]],
+) -> None:
     """On each teacher's own task: everyone's score over that teacher's at its own steps, paired by prompt."""
     for settings, card in zip(recipe.teachers, cards, strict=True):
         own = f"teacher:{card.name}", own_steps(settings, card), own_guidance(settings, card)
@@ -359,5 +368,5 @@ def _add_ratios(rows: list[dict[str, Any]], results: list[Result], recipe: Recip
             if result is reference:
                 row["is_reference"] = True
             elif result.task == card.name:
-                value, low, high = ratio_interval(result.scores, reference.scores)
+                value, low, high = ratio_interval(result.scores, reference.scores, groups=asked[card.name])
                 row["ratio"] = {"to": f"teacher:{card.name}", "value": value, "interval": [low, high]}

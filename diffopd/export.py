@@ -18,7 +18,7 @@ from diffopd.drive import Call
 from diffopd.errors import UserError
 from diffopd.forms import ALLOWED, FOLDERS, Deployed, check_formats, deployed, form_of, write_form
 from diffopd.hub import push
-from diffopd.model_card import Exported, grid_of, licenses, model_card
+from diffopd.model_card import Exported, latest_grid, licenses, model_card
 from diffopd.recipe import Recipe
 from diffopd.run_folder import RunFolder, atomic_write
 from diffopd.stranger import Form, ask, draw
@@ -66,7 +66,7 @@ def export_run(
     arguments = probe_arguments(student.pipeline, recipe, cards)
     install(temporary, target, compare(student.pipeline, arguments, forms, temporary / "probe"), digest)
     exported = Exported(
-        recipe, cards, folder, type(student.pipeline), grid=grid_of(student.pipeline.scheduler),
+        recipe, cards, folder, type(student.pipeline), grid=latest_grid(student.pipeline.scheduler),
         is_video=is_video(type(student.pipeline)),
     )  # fmt: skip
     _write_card(_card(exported, student, target, stored(target, CHECKS)), target)

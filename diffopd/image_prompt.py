@@ -38,6 +38,7 @@ class ImagePrompt:
         self._known: dict[tuple[str, str, Any], Tensor] = {}
 
     def prompts(self, rows: Sequence[PromptRow]) -> list[str]:
+        """The rows' own prompts."""
         return [row.prompt for row in rows]
 
     def arguments(self, rows: Sequence[PromptRow]) -> dict[str, Any]:
@@ -45,6 +46,7 @@ class ImagePrompt:
         return {"prompt_embeds": [self._embeds(row).to(self._encoder.device) for row in rows]}
 
     def covers(self, row: PromptRow) -> bool:
+        """Whether the row names a picture."""
         return covers("image_prompt", row)
 
     def _embeds(self, row: PromptRow) -> Tensor:

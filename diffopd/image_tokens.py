@@ -61,6 +61,7 @@ class ImageTokens:
         self._known: dict[str, list[Tensor]] = {}
 
     def prompts(self, rows: Sequence[PromptRow]) -> list[str]:
+        """The rows' own prompts."""
         return [row.prompt for row in rows]
 
     def arguments(self, rows: Sequence[PromptRow]) -> dict[str, Any]:
@@ -74,6 +75,7 @@ class ImageTokens:
         return {"ip_adapter_image_embeds": embeds}
 
     def covers(self, row: PromptRow) -> bool:
+        """Whether the row names a picture."""
         return covers("ip_adapter", row)
 
     def _embeds(self, file: str) -> list[Tensor]:

@@ -276,7 +276,7 @@ def _scores(folder: RunFolder) -> list[str]:
     return lines
 
 
-def grid_of(scheduler: Any) -> dict[str, list[float]]:
+def latest_grid(scheduler: Any) -> dict[str, list[float]]:
     """Timesteps and, where it has them, sigmas that a scheduler stood at in its latest call."""
     found = {"grid (timesteps)": [float(t) for t in scheduler.timesteps]}
     sigmas = getattr(scheduler, "sigmas", None)

@@ -167,6 +167,7 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
             "evaluations",
             f"student {of_student:g}, teachers {of_teachers:g} an update (student with backward)",
         ),
+        *([("held-out loss", _validated(plan))] if train.validate_every else []),
         ("ends after", " or ".join(ends)),
         ("output_dir", plan.recipe.output_dir),
     ]
@@ -181,6 +182,14 @@ def _solver(plan: Plan) -> str:
 def _deployed(plan: Plan) -> str:
     solver = plan.recipe.student.solver
     return f"with {plan.scheduler}'s own step, in evaluation and export: stock pipelines do not know {solver}"
+
+
+def _validated(plan: Plan) -> str:
+    train, scored = plan.recipe.train, plan.recipe.evaluate.num_prompts
+    checked = [teacher for teacher in plan.teachers if teacher.form != "pictures"]  # pictures teach on what they teach
+    few = [f"{t.name} has {t.test_prompts}" for t in checked if t.test_prompts < train.batch_size + scored]
+    told = f"every {train.validate_every} updates, on the last {train.batch_size} test prompts of each teacher"
+    return told + (f"; some are scored by evaluation, too, as {', '.join(few)} in all" if few else "")
 
 
 def _numbers(values: tuple[float, ...] | None, form: str) -> str:

@@ -28,6 +28,7 @@ class Processes:
 
     @property
     def is_main(self) -> bool:
+        """Whether this is the process that writes, logs and shows."""
         return self.rank == 0
 
     def rows(self, count: int) -> range:

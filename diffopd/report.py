@@ -142,6 +142,7 @@ class ScoreRow:
 
     @property
     def kind(self) -> str:
+        """'base', 'teacher', 'average' or 'student'."""
         return self.model.partition(":")[0]
 
     @property
@@ -168,6 +169,7 @@ def score_table(rows: list[Row], teachers: list[str]) -> dict[str, Any] | None:
         "rows": table,
         "best_of": lambda cell: any(cell is row for row in best),
         "num_prompts": sorted({row["num_prompts"] for row in rows}),
+        "num_asked": sorted({row["num_asked"] for row in rows if "num_asked" in row}),
         "seeds": sorted({seed for row in rows for seed in row["seeds"]}),
         "has_cards": any(row.get("source") == "card" for row in rows),
     }
@@ -258,13 +260,13 @@ def looks(run: Path, metrics: list[Row]) -> Row | None:
     lines = [Series(n, [(r["update"], r[n]) for r in rows], f"var(--c{i})") for i, n in enumerate(names)]
     last = f"looks/{rows[-1]['update']:06d}.png" if rows else ""
     shown = {
-        "check_picture": grid_of(run, "teacher-check.png", 3) if check is not None else None,
-        "picture": grid_of(run, last, 2) if rows else None,
+        "check_picture": grid_picture(run, "teacher-check.png", 3) if check is not None else None,
+        "picture": grid_picture(run, last, 2) if rows else None,
     }
     return {"chart": charts.line_chart(lines, smooth=False, dots=True), "rows": rows, "check": check, **shown}
 
 
-def grid_of(run: Path, file: str, columns: int) -> Row | None:
+def grid_picture(run: Path, file: str, columns: int) -> Row | None:
     """A grid of pictures as `picture`, however many rows it has."""
     return picture(run, file, columns * LARGEST_CELL, 10**6)
 

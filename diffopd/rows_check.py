@@ -61,10 +61,11 @@ def check_pictures(
         return
     checked = recipe.train.batch_size if recipe.train.validate_every else 0
     for card in cards:
-        tested = test[card.name][: 0 if card.form == "pictures" else checked]  # checked on its training pictures
-        for split, rows in (("train", train[card.name]), ("test", tested)):
+        count = 0 if card.form == "pictures" else checked  # pictures are checked on their training rows
+        tested = list(enumerate(test[card.name], start=1))[-count:] if count else []
+        for split, rows in (("train", list(enumerate(train[card.name], start=1))), ("test", tested)):
             path = " and ".join(map(str, card.prompts.files(split)))
-            for number, row in enumerate(rows, start=1):
+            for number, row in rows:
                 name = row.metadata.get("file_name")
                 if not isinstance(name, str):
                     place = recipe.place("objective", "states")

@@ -22,6 +22,8 @@ from PIL import Image
 from world_data import sample_scores, spoil
 from world_models import ROOT, world
 
+from diffopd.metrics import diversity
+
 Gate = dict[str, Any]
 # Style has few: 32 pairs of thing and manner in wordings that no training saw; they come again with other noise.
 LEAST_PROMPTS = {"composition": 1000.0, "text": 1000.0, "style": 100.0}
@@ -133,7 +135,7 @@ def measure(
         figures = {
             "score": float(scores.mean()),
             "error": float(scores.std() / len(scores) ** 0.5),
-            "diversity": float(np.mean([world.diversity(pictures) for _, pictures in runs])),
+            "diversity": float(np.mean([diversity(pictures) for _, pictures in runs])),
         }
         figures = {key: round(value, 4) for key, value in figures.items()}
         rows.append({"model": model, "task": task, **settings, **figures, **size})

@@ -33,6 +33,8 @@ from world_training import (
     velocity_loss,
 )
 
+from diffopd.metrics import diversity
+
 
 def average_gradients(parameters: list[torch.Tensor], num_processes: int) -> None:
     """One all-reduce of all gradients."""
@@ -170,7 +172,7 @@ def open_weights(pipeline: Path) -> Base:
 
 
 def _keep(state: BaseState, output: Path, batch: int, snapshot_every: int) -> None:
-    """Saves the state every 500 updates and a copy of the average at each multiple of snapshot_every."""
+    """Saves the state every 200 updates and a copy of the average at each multiple of snapshot_every."""
     if state.update % 200 == 0:
         state.save(output / "base.pt")
     thousands = state.update * batch // snapshot_every * snapshot_every // 1000
@@ -247,7 +249,7 @@ def curve(
             for task in world.TASKS:
                 scores, pictures = sample_scores(pipe, task, validation_rows(task, prompts), steps, scale)
                 settings = {"guidance_scale": scale, "num_inference_steps": steps, "num_prompts": prompts}
-                figures = {"score": float(scores.mean()), "diversity": world.diversity(pictures)}
+                figures = {"score": float(scores.mean()), "diversity": diversity(pictures)}
                 log_row(output, "curve", snapshot=snapshot, task=task, **settings, **figures)
                 sheet.append(np.concatenate([np.asarray(picture) for picture in pictures[:16]], 1))
         save_sheet(np.concatenate(sheet), output / f"samples-{snapshot}.png", zoom=2)

@@ -5,7 +5,8 @@
 
 `run` starts one `diffopd distill` after the other, each in DIR/<name> (a finished one is kept, an unfinished one goes
 on). Off policy (`--states data`) the same teachers see noised pictures of the world, drawn for every training prompt,
-instead of the student's states. `table` collects scores, ratios to the teachers, seconds and network calls.
+instead of the student's states. `table` collects scores, ratios to the teachers, seconds and network calls; with --json
+also 95 % bootstrap intervals over what the prompts ask for.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import typer
 from PIL import Image
 from world_models import ROOT, world
 
+from diffopd.data import asked_of, read_prompts
 from diffopd.metrics import bootstrap_interval, ratio_interval
 
 app = typer.Typer(help=__doc__, no_args_is_help=True)
@@ -140,8 +142,9 @@ def summary(path: Path) -> dict[str, Any]:
     for task in world.TASKS:
         student = [row["score"] for row in drawn if row["model"] == "student" and row["task"] == task]
         teacher = teacher_scores(task)[: len(student)]
-        ratio, *spread = ratio_interval(student[: len(teacher)], teacher)
-        row[task] = {"score": float(np.mean(student)), "interval": bootstrap_interval(student)}
+        asked = asked_of(read_prompts(ROOT / "teachers" / task / "prompts" / "test.jsonl")[: len(student)])
+        ratio, *spread = ratio_interval(student[: len(teacher)], teacher, groups=asked[: len(teacher)])
+        row[task] = {"score": float(np.mean(student)), "interval": bootstrap_interval(student, groups=asked)}
         row[task] |= {"ratio": ratio, "ratio_interval": spread}
     return row
 

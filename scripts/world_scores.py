@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from diffopd.data import asked_of
 from diffopd.evaluate import (
     CARD_SCORES,
     base_sha256,
@@ -49,14 +50,14 @@ def main(
     read = read_recipe(recipe, [*options, f"evaluate.batch_size={batch}"])
     cards = list(check(read).cards)
     contenders, asked = reference_contenders(read, cards), tasks_of(cards, prompts)
-    base_hash = base_sha256(read)
+    base_hash, kinds = base_sha256(read), {task.name: asked_of(task.rows) for task in asked}
     for settings, card in zip(read.teachers, cards, strict=True):
         if card.name not in tasks:
             continue
         base = [(c, t) for c in contenders for t in asked if c.model == "base" and t.name == card.name]
         own = [(c, t) for c in contenders for t in asked if c.model == f"teacher:{card.name}"]
         rows = [
-            result_row(result, len(result.scores), seeds) | {"scores": [round(s, 4) for s in result.scores]}
+            result_row(result, kinds[result.task], seeds) | {"scores": [round(s, 4) for s in result.scores]}
             for result in measure([*base, *own], read)
         ]
         conditions = card_conditions(read, settings, card, base_hash)
@@ -80,8 +81,9 @@ def card_text(card: TeacherCard, rows: list[dict[str, Any]], seeds: list[int]) -
         "licences are in `teachers/sprites/CREDITS.md`.",
         "",
         f"Measured by `scripts/world_scores.py {card.name} --prompts {count}` on held-out prompts (seeds {seeds}; 95 % "
-        "bootstrap interval;",
-        "diversity is the mean distance of pictures at 16 x 16 pixels). `scores.json` holds the same by prompt.",
+        "bootstrap interval",
+        "over what the prompts ask for; diversity is the mean distance of pictures at 16 x 16 pixels).",
+        "`scores.json` holds the same by prompt.",
         "",
         "| model | task | steps | guidance | score | interval | diversity |",
         "|---|---|---|---|---|---|---|",

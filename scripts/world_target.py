@@ -25,6 +25,7 @@ import torch
 import typer
 from world_models import world
 
+from diffopd import data
 from diffopd.data import read_prompts
 from diffopd.errors import UserError
 from diffopd.evaluate import (
@@ -37,6 +38,7 @@ from diffopd.evaluate import (
     tasks_of,
 )
 from diffopd.load import student_pipeline
+from diffopd.metrics import bootstrap_interval, ratio_interval
 from diffopd.processes import default_device
 from diffopd.recipe import Recipe
 from diffopd.run_folder import RunFolder, atomic_write
@@ -44,6 +46,7 @@ from diffopd.teacher import TeacherCard, teacher_card, weights_sha256
 
 app = typer.Typer(help=__doc__, no_args_is_help=True)
 KINDS = ("student", "teacher", "average", "base")
+DRAWS = 4000  # of the bootstrap
 Output = Annotated[Path, typer.Option(help="folder of the scores")]
 
 
@@ -150,32 +153,7 @@ def score(contender: Contender, label: str, weights: str, task: Task, recipe: Re
 def asked_of(task: Task) -> list[int]:
     """What each prompt asks for, as a number: equal for other wordings, and for other pictures, of the same."""
     numbers: dict[str, int] = {}
-    asked = [{key: value for key, value in row.metadata.items() if key != "file_name"} for row in task.rows]
-    return [numbers.setdefault(json.dumps(row, sort_keys=True), len(numbers)) for row in asked]
-
-
-def bootstrap(
-    students: np.ndarray, teacher: np.ndarray, asked: np.ndarray, draws: int = 4000
-) -> tuple[float, list[float], list[float]]:
-    """Mean score, its interval, and the interval of its ratio to the teacher's.
-
-    students: (trainings, prompts); teacher and asked: (prompts,). Prompts that ask for the same are drawn together, on
-    both sides; trainings are drawn where there are several.
-    """
-    rng, (_, asked) = np.random.default_rng(0), np.unique(asked, return_inverse=True)
-    (trainings, _), groups = students.shape, int(asked.max()) + 1
-    rows, own, counts = (
-        np.stack([np.bincount(asked, weights=row, minlength=groups) for row in held])
-        for held in (students, teacher[None], np.ones((1, len(asked))))
-    )
-    scores, ratios = [], []
-    for _ in range(draws):
-        drawn = rng.integers(groups, size=groups)
-        score = rows[rng.integers(trainings, size=trainings)][:, drawn].sum() / trainings / counts[0, drawn].sum()
-        scores.append(score)
-        ratios.append(score * counts[0, drawn].sum() / own[0, drawn].sum())
-    spread = [np.quantile(values, (0.025, 0.975)).tolist() for values in (scores, ratios)]
-    return float(students.mean()), spread[0], spread[1]
+    return [numbers.setdefault(asked, len(numbers)) for asked in data.asked_of(task.rows)]
 
 
 @app.command()
@@ -215,14 +193,14 @@ def difference(
     if one["asked"] != other["asked"]:
         raise typer.BadParameter(f"{first} and {second} do not say the same of what is asked; measure one again")
     apart = np.array(one["scores"]) - np.array(other["scores"])
-    mean, (low, high), _ = bootstrap(apart[None], np.ones(len(apart)), np.array(one["asked"]))
-    typer.echo(f"{one['task']}: {mean:+.3f} ({low:+.3f} to {high:+.3f}), {len(apart)} rows")
+    low, high = bootstrap_interval(apart, groups=one["asked"], resamples=DRAWS)
+    typer.echo(f"{one['task']}: {apart.mean():+.3f} ({low:+.3f} to {high:+.3f}), {len(apart)} rows")
 
 
 def rows_of(files: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows of one task. Raises typer.Exit where its teacher's own score is missing."""
     groups: dict[tuple[str, int, float], list[dict[str, Any]]] = defaultdict(list)
-    asked = np.array(files[0]["asked"])
+    asked = files[0]["asked"]
     for file in files:
         setting = file["steps"], file["guidance_scale"]
         groups[file["label"], *setting].append(file)
@@ -237,10 +215,11 @@ def rows_of(files: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for (label, steps, scale), of_setting in groups.items():
         held = np.array([file["scores"][: len(teacher)] for file in of_setting])
         count = held.shape[1]
-        mean, interval, ratio_interval = bootstrap(held, teacher[:count], asked[:count])
-        row = {"task": files[0]["task"], "model": label, "steps": steps, "guidance_scale": scale, "score": mean}
-        row |= {"interval": interval, "ratio": mean / float(teacher[:count].mean()), "ratio_interval": ratio_interval}
-        row |= {"num_prompts": count, "num_asked": len(np.unique(asked[:count])), "trainings": len(held)}
+        how = {"groups": asked[:count], "resamples": DRAWS}
+        interval, (ratio, *spread) = bootstrap_interval(held, **how), ratio_interval(held, teacher[:count], **how)
+        row = {"task": files[0]["task"], "model": label, "steps": steps, "guidance_scale": scale}
+        row |= {"score": float(held.mean()), "interval": interval, "ratio": ratio, "ratio_interval": spread}
+        row |= {"num_prompts": count, "num_asked": len(set(asked[:count])), "trainings": len(held)}
         row["diversity"] = float(np.mean([file["diversity"] for file in of_setting]))
         rows.append(row)
     return rows

@@ -9,7 +9,8 @@
 the options are combined, further settings come by --set and name the run by --label. `score` draws the untouched model
 and every run's student, at each number of steps: the set's held-out prompts, scored for what the pictures teach, and
 held-out prompts of the world's three tasks, for what is forgotten and how sharp it is. It also scores the untouched
-model told what the teacher is told. `table` prints the figures with 95 % bootstrap intervals over prompts.
+model told what the teacher is told. `table` prints the figures with 95 % bootstrap intervals over what the prompts ask
+for, with all wordings and noises of it; of files of scores that do not say it, over prompts of the set, with a warning.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,6 +31,7 @@ from world_data import sample, save_sheet
 from world_models import ROOT, world
 from world_tune_data import KNOWN, WORDS
 
+from diffopd.data import PromptRow, asked_of, read_prompts
 from diffopd.drawing import sharpness
 from diffopd.load import load_pipeline, student_pipeline
 from diffopd.metrics import bootstrap_interval, diversity, ratio_interval
@@ -115,20 +118,18 @@ def score_one(opened: Any, name: str, data: Path, output: Path, steps: int, coun
     if file.is_file():
         return
     pipe = opened()
-    rows = [json.loads(line) for line in (data / "held-out.jsonl").read_text().splitlines()]
-    rows = [row for row in rows if "relation" not in row] * NOISES
-    told = [row["prompt"].replace(WORDS["word"], KNOWN) if name == TOLD else row["prompt"] for row in rows]
+    rows = [row for row in read_prompts(data / "held-out.jsonl") if "relation" not in row.metadata] * NOISES
+    told = [row.prompt.replace(WORDS["word"], KNOWN) if name == TOLD else row.prompt for row in rows]
     found = sample(pipe, told, steps, 1.0)
     result: dict[str, Any] = {"model": name, "steps": steps, "subject": subject_scores(data.name, found, rows)}
-    result["shown"] = [bool(row.get("shown", True)) for row in rows]
+    result |= {"asked": asked_of(rows), "shown": [bool(row.metadata.get("shown", True)) for row in rows]}
     result["subject_sharpness"] = [sharpness(picture) for picture in found]
     shown = found[:: max(1, len(found) // 12)][:12]
     result |= {"sharpness": [], "diversity": {}}
     for task in world.TASKS:
-        held = (ROOT / "teachers" / task / "prompts" / "test.jsonl").read_text().splitlines()[:count]
-        asked = [json.loads(line) for line in held]
-        drawn = sample(pipe, [row["prompt"] for row in asked], steps, 1.0)
-        scores = world.SCORERS[task](drawn, [row["prompt"] for row in asked], asked)
+        held = held_out(task, count)
+        drawn = sample(pipe, [row.prompt for row in held], steps, 1.0)
+        scores = world.SCORERS[task](drawn, [row.prompt for row in held], [row.metadata for row in held])
         result[task] = [float(score) for score in scores]
         result["sharpness"] += [sharpness(picture) for picture in drawn]
         result["diversity"][task] = diversity(drawn)
@@ -138,10 +139,15 @@ def score_one(opened: Any, name: str, data: Path, output: Path, steps: int, coun
     print(f"{name}, {steps} steps: subject {np.mean(result['subject']):.3f}", flush=True)
 
 
-def subject_scores(kind: str, pictures: list[Image.Image], rows: list[dict[str, Any]]) -> list[float]:
+def held_out(task: str, count: int) -> list[PromptRow]:
+    """The first held-out prompts of one of the world's tasks."""
+    return read_prompts(ROOT / "teachers" / task / "prompts" / "test.jsonl")[:count]
+
+
+def subject_scores(kind: str, pictures: list[Image.Image], rows: list[PromptRow]) -> list[float]:
     """1.0 where a picture has what the set teaches: the manner, the object, or what the word stands for."""
     scorer = {"manner": unseen.new_manner, "object": unseen.any_manner, "word": world.SCORERS["style"]}[kind]
-    return [float(score) for score in scorer(pictures, [row["prompt"] for row in rows], rows)]
+    return [float(score) for score in scorer(pictures, [row.prompt for row in rows], [row.metadata for row in rows])]
 
 
 def draw_grid(output: Path, steps: list[int]) -> None:
@@ -177,17 +183,33 @@ def summary(scored: dict[str, Any], output: Path) -> dict[str, Any]:
     subject_shown and subject_new are of things that the pictures show and of things that they do not.
     """
     row: dict[str, Any] = {"model": scored["model"], "steps": scored["steps"]}
-    subject, shown = np.array(scored["subject"]), np.array(scored["shown"])
-    for name, values in (("subject", subject), ("subject_shown", subject[shown]), ("subject_new", subject[~shown])):
-        row[name] = (float(values.mean()), *bootstrap_interval(values)) if len(values) else None
+    subject, shown, asked = np.array(scored["subject"]), np.array(scored["shown"]), np.array(asked_in(scored))
+    for name, kept in (("subject", shown | True), ("subject_shown", shown), ("subject_new", ~shown)):
+        row[name] = with_interval(subject[kept], asked[kept].tolist()) if kept.any() else None
+    kinds = {task: asked_of(held_out(task, len(scored[task]))) for task in world.TASKS}
     for task in world.TASKS:
-        row[task] = (float(np.mean(scored[task])), *bootstrap_interval(scored[task]))
+        row[task] = with_interval(scored[task], kinds[task])
+    together = [(task, one) for task in world.TASKS for one in kinds[task]]
     file = output / "scores" / f"{UNTOUCHED}--{scored['steps']}-steps.json"
     before = json.loads(file.read_text())
     for name, key in (("kept", None), ("sharpness", "sharpness")):
         now, then = ([v for t in world.TASKS for v in s[t]] if key is None else s[key] for s in (scored, before))
-        row[name] = ratio_interval(now, then)
+        row[name] = ratio_interval(now, then, groups=together)
     return row
+
+
+def with_interval(scores: Sequence[float] | np.ndarray, asked: Sequence[Hashable]) -> tuple[float, float, float]:
+    """Mean and its interval."""
+    return float(np.mean(scores)), *bootstrap_interval(scores, groups=asked)
+
+
+def asked_in(scored: dict[str, Any]) -> list[Any]:
+    """What each of the set's prompts asks for; where the file does not say it, which prompt it is."""
+    if "asked" in scored:
+        return scored["asked"]
+    print(f"{scored['model']}: scores that do not say what was asked; intervals are over prompts", file=sys.stderr)
+    count = len(scored["subject"])
+    return [number % (count // NOISES) for number in range(count)]
 
 
 if __name__ == "__main__":

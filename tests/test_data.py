@@ -1,6 +1,6 @@
 import pytest
 
-from diffopd.data import PromptRow, check_tasks, prompt_file, read_prompts
+from diffopd.data import PromptRow, asked_of, check_tasks, prompt_file, read_prompts
 from diffopd.errors import UserError
 
 
@@ -85,3 +85,14 @@ def test_several_files_alternate_until_each_is_at_its_end(tmp_path):
     assert [row.prompt for row in read_prompts(files)] == ["a1", "b1", "a2", "a3"]
     with pytest.raises(UserError, match="none.txt"):
         read_prompts([files[0], str(tmp_path / "none.txt")])
+
+
+def test_rows_that_ask_for_the_same_in_other_words_or_beside_another_picture_are_equal():
+    rows = [PromptRow("a cat", {"thing": "cat", "file_name": "0.png"}), PromptRow("one cat", {"thing": "cat"})]
+    cat, same, dog, plain, again = asked_of([*rows, PromptRow("a dog", {"thing": "dog"}), *[PromptRow("x")] * 2])
+    assert cat == same and plain == again and len({cat, dog, plain}) == 3
+
+
+@pytest.mark.parametrize("metadata", [{}, {"task": "a"}, {"file_name": "0.png", "bucket": [8, 8]}, {"source": "bench"}])
+def test_metadata_that_tells_no_rows_apart_leaves_the_prompt(metadata):
+    assert asked_of([PromptRow(prompt, metadata) for prompt in ("x", "y", "x")]) == ["x", "y", "x"]

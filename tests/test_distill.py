@@ -476,6 +476,35 @@ def test_the_run_stops_when_the_held_out_loss_no_longer_falls(tiny_recipe):
     assert rows_of(folder, "update")[-1]["update"] < 50
 
 
+def test_the_held_out_loss_is_of_the_last_rows_which_evaluation_does_not_score_first(tiny_recipe, monkeypatch):
+    run, trained = prepared(recipe_with(tiny_recipe, "train.batch_size=1"))
+    asked = []
+
+    def loss(run, teacher, rows, **keys):
+        asked.append((teacher.name, [row.prompt for row in rows]))
+        return 1.0
+
+    monkeypatch.setattr(loop, "loss_without_training", loss)
+    loop._validate(run, trained)
+    assert asked == [(teacher.name, [teacher.test_rows[-1].prompt]) for teacher in run.teachers]
+    assert all(teacher.test_rows[0].prompt != teacher.test_rows[-1].prompt for teacher in run.teachers)
+    assert run.teachers[0].validation_rows(3) == run.teachers[0].test_rows  # there are two
+
+
+def test_a_best_loss_of_other_prompts_is_none(tiny_recipe, monkeypatch):
+    run, trained = prepared(recipe_with(tiny_recipe))
+    monkeypatch.setattr(loop, "loss_without_training", lambda run, teacher, rows, **keys: 1.0)
+    progress = trained.progress = loop.Progress(best_validation=0.5, checks_since_best=3)  # of an earlier version
+    loop._validate(run, trained)
+    assert (progress.best_validation, progress.checks_since_best) == (1.0, 0)
+    loop._validate(run, trained)
+    assert (progress.best_validation, progress.checks_since_best) == (1.0, 1)
+    for teacher in run.teachers:
+        teacher.test_rows.reverse()
+    loop._validate(run, trained)
+    assert progress.checks_since_best == 0
+
+
 def test_the_run_stops_by_time(tiny_recipe):
     folder = run_to_end(recipe_with(tiny_recipe, "train.max_train_steps=0", "train.max_train_seconds=0.5"))
     assert "max_train_seconds" in rows_of(folder, "stop")[0]["reason"]

@@ -151,3 +151,19 @@ def test_a_student_is_scored_at_its_own_steps_unless_the_recipe_says_otherwise(t
     references = {c.key[:2] for c in evaluation.reference_contenders(recipe, cards) if c.model.startswith("teacher")}
     assert references == {("teacher:dots", 8), ("teacher:dots", 3), ("teacher:lines", 8), ("teacher:lines", 3)}
     assert evaluation.student_contender(read_recipe(tiny_recipe), tiny_pipeline).num_inference_steps == 2
+
+
+def test_prompts_that_ask_for_the_same_are_drawn_together_in_what_is_written(tiny_recipe, tmp_path):
+    recipe = read_recipe(tiny_recipe)
+    cards = [teacher_card(settings.name, recipe.path) for settings in recipe.teachers]
+    teacher = f"teacher:{cards[0].name}", cards[0].num_inference_steps, cards[0].guidance_scale
+    reference = evaluation.Result(teacher, cards[0].name, [1.0] * 40, 0.1, 1.0)
+    student = evaluation.Result(("student", 2, 1.0), cards[0].name, [1.0] * 20 + [0.0] * 20, 0.1, 1.0)
+    widths = {}
+    for name, asked in (("alone", [str(n) for n in range(40)]), ("together", [str(n // 10) for n in range(40)])):
+        (tmp_path / name).mkdir()
+        path = evaluation._write(tmp_path / name, [reference, student], recipe, cards, {cards[0].name: asked})
+        row = json.loads(path.read_text())["rows"][1]
+        assert (row["score"], row["num_prompts"], row["num_asked"]) == (0.5, 40, len(set(asked)))
+        widths[name] = [high - low for low, high in (row["interval"], row["ratio"]["interval"])]
+    assert all(wide > 2 * narrow for wide, narrow in zip(widths["together"], widths["alone"], strict=True))

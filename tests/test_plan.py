@@ -211,3 +211,17 @@ def test_a_number_of_steps_for_scoring_alone_is_shown(tiny_recipe, capsys):
         Console(width=200).print(render(plan(tiny_recipe, *options)))
         lines = [line.split() for line in capsys.readouterr().out.splitlines()]
         assert (["scored", "at", "8", "steps"] in lines) is is_shown
+
+
+def test_held_out_prompts_that_evaluation_scores_as_well_are_told(tiny_recipe):
+    def told(*options):
+        console = Console(width=140, record=True, file=open("/dev/null", "w"))
+        console.print(render(plan(tiny_recipe, *options)))
+        return " ".join(console.export_text().split())
+
+    assert "held-out loss" not in told("train.validate_every=0")
+    checked = "every 5 updates, on the last 1 test prompts of each teacher"
+    few = told("train.validate_every=5", "train.batch_size=1", "evaluate.num_prompts=2")
+    assert f"{checked}; some are scored by evaluation, too, as dots has 2, lines has 2 in all" in few
+    enough = told("train.validate_every=5", "train.batch_size=1", "evaluate.num_prompts=1")
+    assert checked in enough and "scored by evaluation" not in enough

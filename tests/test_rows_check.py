@@ -20,7 +20,9 @@ def test_pictures_of_data_states_are_checked_before_anything_is_written(own_reci
     for teacher in own_teachers:
         (teacher / "prompts" / "dot.png").write_bytes(b"")
     check(read_recipe(own_recipe, [data]))
-    assert "test.jsonl:1: the row names no picture" in refusal(own_recipe, data, "train.validate_every=1")
+    tested, validated = own_teachers[0] / "prompts" / "test.jsonl", (data, "train.validate_every=1")
+    assert f"{tested}:1: the row names no picture" in refusal(own_recipe, *validated)
+    assert f"{tested}:2: the row names no picture" in refusal(own_recipe, *validated, "train.batch_size=1")
     assert not (tmp_path / "run").exists()
 
 

@@ -6,8 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from diffopd.data import asked_of, read_prompts
 from diffopd.evaluate import CARD_SCORES, measure, reference_contenders, tasks_of
 from diffopd.locate import shelf, teacher_names
+from diffopd.metrics import bootstrap_interval
 from diffopd.recipe import read_recipe
 from diffopd.teacher import teacher_card
 
@@ -43,6 +45,19 @@ def test_a_card_holds_the_base_the_teacher_and_the_other_tasks(name):
     assert {row["task"] for row in rows if row["model"] == f"teacher:{name}"} == set(WORLD)
     assert len({row["guidance_scale"] for row in rows if row["model"] == "base"}) >= 2
     assert all(len(row["scores"]) == row["num_prompts"] and row["diversity"] > 0.02 for row in rows)
+
+
+@pytest.mark.parametrize("name", WORLD)
+def test_a_cards_intervals_are_over_what_the_prompts_ask_for(name):
+    folder = teacher_card(name, shelf("teachers")).folder
+    page = (folder / "README.md").read_text()
+    for row in json.loads((folder / CARD_SCORES).read_text())["rows"]:
+        prompts = read_prompts(teacher_card(row["task"], shelf("teachers")).prompts.test)
+        asked = asked_of(prompts[: row["num_prompts"]])
+        assert row["num_asked"] == len(set(asked))
+        low, high = row["interval"]
+        assert bootstrap_interval(row["scores"], groups=asked) == pytest.approx((low, high))
+        assert f"| {row['score']:.3f} | {low:.3f} to {high:.3f} |" in page
 
 
 def test_base_and_teachers_are_at_most_30_megabytes():

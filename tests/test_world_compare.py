@@ -7,6 +7,9 @@ import pytest
 from from_scripts import script
 from typer.testing import CliRunner
 
+from diffopd.data import asked_of, read_prompts
+from diffopd.metrics import bootstrap_interval
+
 world_compare = script("world_compare")
 TASKS = world_compare.world.TASKS
 
@@ -38,6 +41,9 @@ def test_a_student_is_compared_with_the_shelfs_own_teachers_prompt_by_prompt(run
     for task in TASKS:
         own = np.mean(world_compare.teacher_scores(task)[:40])
         assert row[task]["score"] == pytest.approx(own / 2)
+        rows = read_prompts(world_compare.ROOT / "teachers" / task / "prompts" / "test.jsonl")[:40]
+        student = np.array(world_compare.teacher_scores(task)[:40]) / 2
+        assert row[task]["interval"] == pytest.approx(bootstrap_interval(student, groups=asked_of(rows)))
         assert row[task]["ratio"] == pytest.approx(0.5) and row[task]["ratio_interval"] == pytest.approx([0.5, 0.5])
 
 

@@ -75,10 +75,27 @@ def test_what_a_word_stands_for_is_scored_and_told_to_the_model_in_its_place(set
     rows = {row["model"]: row for row in json.loads(found.output)}
     assert rows[world_tune.UNTOUCHED]["subject"][0] == 0 and rows[world_tune.TOLD]["subject"][0] == 1
     assert rows[world_tune.TOLD]["kept"][0] == 1 and rows[world_tune.TOLD]["sharpness"][0] == pytest.approx(1)
-    shown = np.array(json.loads((tmp_path / "scores" / f"{world_tune.TOLD}--4-steps.json").read_text())["shown"])
-    assert 0 < shown.mean() < 1
+    scored = json.loads((tmp_path / "scores" / f"{world_tune.TOLD}--4-steps.json").read_text())
+    assert 0 < np.mean(scored["shown"]) < 1
+    assert len(scored["asked"]) == len(scored["subject"]) and len(set(scored["asked"])) == len(world.THINGS)
     assert CliRunner().invoke(world_tune.app, ["table", "--output", str(tmp_path)]).output.count("| 4 |") == 2
     assert CliRunner().invoke(world_tune.app, ["table", "--output", str(tmp_path / "none")]).exit_code == 1
+
+
+def test_intervals_are_over_what_is_asked_and_over_prompts_where_a_file_does_not_say_it(tmp_path, capsys):
+    (tmp_path / "scores").mkdir()
+    right = [float(n % 12 < 6) for n in range(36)]  # twelve prompts of two things, three noises each
+    things = ["cat" if n % 12 < 6 else "dog" for n in range(36)]
+    scored = {"model": world_tune.UNTOUCHED, "steps": 4, "subject": right, "shown": [True] * 36}
+    scored |= {"sharpness": [1.0] * 6} | {task: [1.0, 0.0] for task in TASKS}
+    (tmp_path / "scores" / f"{world_tune.UNTOUCHED}--4-steps.json").write_text(json.dumps(scored))
+    by_thing = world_tune.summary(scored | {"asked": things}, tmp_path)
+    assert by_thing["subject"] == by_thing["subject_shown"] == (0.5, 0.0, 1.0) and by_thing["subject_new"] is None
+    assert capsys.readouterr().err == ""
+    by_prompt = world_tune.summary(scored, tmp_path)
+    assert by_prompt["subject"] == (0.5, *world_tune.bootstrap_interval(right, groups=[n % 12 for n in range(36)]))
+    assert "do not say what was asked" in capsys.readouterr().err
+    assert by_prompt["kept"] == (1.0, 1.0, 1.0)
 
 
 def test_all_rows_of_scores_make_one_grid(tmp_path):
