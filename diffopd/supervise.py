@@ -72,6 +72,7 @@ class Watch:
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
+        """While open, the seconds go to `stage`."""
         self._settle()
         start = time.perf_counter()
         try:
