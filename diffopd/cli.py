@@ -153,7 +153,7 @@ def teach(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="With --write: replace weights there.")] = False,
 ) -> None:
     """Make the weights that a teacher's folder describes (teach.toml), from pictures or from a reward."""
-    from diffopd.teach_check import check_teach, render_teach
+    from diffopd.teach_check import check_teach, render_teach, try_teach_rewards
     from diffopd.teach_recipe import read_teach_recipe
     from diffopd.teach_write import check_writable, write_weights
 
@@ -172,6 +172,8 @@ def teach(
         return
     with _at_work(read.output_dir) as lock:
         count = int(os.environ.get("WORLD_SIZE", processes))
+        if _scores_here(count):
+            try_teach_rewards(found)
         folder = _run_folder(read, found.hashes, count)
         if count > 1 and "WORLD_SIZE" not in os.environ:
             from diffopd.launch import launch
@@ -309,13 +311,15 @@ def _at_work(folder: Path | str) -> AbstractContextManager[int | None]:
 
 def _train(recipe: Any, processes: int, lock: int | None, begin: Any = None) -> None:
     """Check a recipe, run it to its end in this many processes, evaluate, export, report."""
-    from diffopd.preflight import check
+    from diffopd.preflight import check, try_rewards
 
     _quiet_libraries()
     parts = check(recipe, hash_weights=True)
     count = int(os.environ.get("WORLD_SIZE", processes))
     if _is_finished(recipe, parts.hashes, count):
         return
+    if _scores_here(count):
+        try_rewards(parts)
     folder = _run_folder(recipe, parts.hashes, count)
     if count > 1 and "WORLD_SIZE" not in os.environ:
         from diffopd.launch import launch
@@ -396,6 +400,11 @@ def _finish(run: Path) -> None:
 def _is_main() -> bool:
     """Whether this is the only or the first of the processes that torchrun started."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def _scores_here(count: int) -> bool:
+    """Whether this is the first of the `count` processes that train, not one that only starts them."""
+    return _is_main() and (count == 1 or "WORLD_SIZE" in os.environ)
 
 
 def _quiet_libraries() -> None:

@@ -6,12 +6,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from diffopd.buckets import called_size
 from diffopd.data import PromptRow, read_prompts
 from diffopd.errors import UserError
 from diffopd.grid import draws_noise, make_scheduler
 from diffopd.plan import make_plan, readable
 from diffopd.preflight import Parts, check
-from diffopd.reward import check_card_reward, check_reward, picture_function, reward_hashes, terms_of
+from diffopd.reward import (
+    check_card_reward,
+    check_reward,
+    picture_function,
+    reward_hashes,
+    terms_of,
+    try_card_reward,
+    try_reward,
+)
 from diffopd.reward_watch import watched_cards
 from diffopd.teach_recipe import POLICY_GRADIENT, TeachRecipe
 
@@ -53,6 +62,18 @@ def check_teach(recipe: TeachRecipe, *, hash_weights: bool = False) -> TeachPart
         _check_files(recipe, rows)
     hashes = {**parts.hashes, **_task_hashes(recipe)} if hash_weights else {}
     return TeachParts(recipe, parts, rows, list(dict.fromkeys(missing)), hashes)
+
+
+def try_teach_rewards(found: TeachParts) -> None:
+    """Call each function that teaches or scores once, on blank pictures. As `preflight.try_rewards`."""
+    recipe, base = found.recipe, found.parts.base
+    if base.is_video:
+        return
+    size = called_size(recipe.student.call, base)
+    if not recipe.is_supervised:
+        try_reward(recipe, found.rows, size)
+    for scored in (recipe.card, *watched_cards(recipe)):
+        try_card_reward(scored, read_prompts(scored.prompts.test), size)
 
 
 def _task_hashes(recipe: TeachRecipe) -> dict[str, str]:

@@ -144,6 +144,11 @@ BAD_INPUT = {
         "the card says 000000000000",
     ),
     "missing reward": (lambda p: (p / "dots/reward.py").unlink(), "dots/reward.py", "there is no file"),
+    "a reward that fails": (
+        lambda p: replace(p / "dots/reward.py", "return [", "return metadata[0]['word'] + ["),
+        "dots/teacher.toml:8",
+        "KeyError: 'word' ({place}/dots/reward.py:6).",
+    ),
     "another run in the folder": (lambda p: hold_run(p, "seed=9"), "/run", "seed was 9, is 3"),
     "a run of more processes": (lambda p: hold_run(p, processes=2), "/run", "resume it with --processes 2"),
     "a run of other prompts": (hold_run_with_other_prompts, "/run", "dots: train prompts is not what this run began"),
@@ -191,7 +196,8 @@ def test_bad_input_ends_with_code_2_names_the_place_and_writes_nothing(place, mo
     before = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
     result = command("distill", place / "tiny.toml")
     assert result.exit_code == 2, result.output
-    assert where in result.stderr and reason in result.stderr and "Traceback" not in result.output
+    assert where in result.stderr and reason.replace("{place}", str(place)) in result.stderr
+    assert "Traceback" not in result.output
     after = {path: path.read_bytes() for path in place.rglob("*") if path.is_file() and path.suffix != ".pyc"}
     assert after == before
 
