@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -33,6 +34,8 @@ class Commands(TyperGroup):
                 raise
             typer.secho(f"Error: {error.filename}: {error.strerror}.", fg=typer.colors.RED, err=True)
             raise typer.Exit(2) from error
+        except KeyboardInterrupt as error:  # before the work in a run folder (_at_work)
+            raise _interrupted("Nothing was written.") from error
 
 
 app = typer.Typer(
@@ -297,16 +300,38 @@ def _options(overrides: list[str] | None, output_dir: Path | None) -> list[str]:
     return list(overrides or []) + ([f"output_dir={json.dumps(str(output_dir))}"] if output_dir else [])
 
 
-def _at_work(folder: Path | str) -> AbstractContextManager[int | None]:
-    """A checked run folder, this process's own while open; those that work for another process have its lock."""
+@contextmanager
+def _at_work(folder: Path | str) -> Iterator[int | None]:
+    """A checked run folder, this process's own while open; those that work for another process have its lock.
+
+    Ctrl-C that nothing else has taken, and a full disk, are told with what of the run stands.
+    """
+    from diffopd.disk import is_full, reason
     from diffopd.launch import LAUNCHED
     from diffopd.lock import at_work
     from diffopd.run_folder import RunFolder
 
-    path = RunFolder.at(folder).path
-    if LAUNCHED in os.environ or not _is_main():
-        return nullcontext()
-    return at_work(path, partial(typer.secho, fg=typer.colors.YELLOW, err=True))
+    held = RunFolder.at(folder)
+    is_guest = LAUNCHED in os.environ or not _is_main()
+    warn = partial(typer.secho, fg=typer.colors.YELLOW, err=True)
+    try:
+        with nullcontext() if is_guest else at_work(held.path, warn) as lock:
+            yield lock
+    except KeyboardInterrupt as error:
+        raise _interrupted(held.kept()) from error
+    except Exception as error:
+        if isinstance(error, UserError) or not is_full(error):
+            raise
+        raise UserError(
+            f"{held.path}: the disk takes no more ({reason(error)}). Make room on it. {held.kept()}"
+        ) from error
+
+
+def _interrupted(kept: str) -> typer.Exit:
+    """How a command that Ctrl-C ended exits; the first process says so."""
+    if _is_main():
+        typer.secho(f"\nInterrupted. {kept}", fg=typer.colors.YELLOW, err=True)
+    return typer.Exit(130)
 
 
 def _train(recipe: Any, processes: int, lock: int | None, begin: Any = None) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from diffopd import __version__
+from diffopd.disk import writing
 from diffopd.errors import UserError
 from diffopd.recipe import Recipe, from_resolved
 from diffopd.settings import Source
@@ -39,6 +40,7 @@ LOCK = ".lock"  # of the process at work here; one that was killed leaves it beh
 # What may lie in the folder before its run: a task made from pictures, and what is found out before the first update.
 PREPARED = {LOCK, "task", "teacher-check.png", "teacher-check.json", "cost.json"}
 BEGUN = ("recipe.toml", "recipe.json")
+NOTHING = "Nothing was written."
 SCHEDULE = {"train.max_train_steps", "train.max_train_seconds"}  # a cosine falls towards them: fixed under it
 
 
@@ -111,7 +113,8 @@ class RunFolder:
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         """One more row of metrics.jsonl."""
-        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        path = self.path / "metrics.jsonl"
+        with writing(path, self.kept()), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -127,6 +130,13 @@ class RunFolder:
         """The finished checkpoint-N with the highest N, None where there is none."""
         found = [path for path in self.path.glob("checkpoint-*") if CHECKPOINT.fullmatch(path.name)]
         return max(found, key=_update_of, default=None)
+
+    def kept(self) -> str:
+        """What of a run is on the disk, a sentence for whoever sees it end before its end."""
+        latest = self.latest_checkpoint()
+        if latest:
+            return f"{latest} is whole, and the same command goes on from it."
+        return f"{self.path} has no checkpoint yet; the same command begins anew." if self.path.exists() else NOTHING
 
     def recipe(self) -> Recipe:
         """The recipe as it was resolved when the run was made or taken up. Raises UserError for a run of teach."""
@@ -228,13 +238,22 @@ def _update_of(checkpoint: Path) -> int:
 
 
 def atomic_write(path: Path, content: str | bytes) -> Path:
-    """Write a file under a temporary name, flush it to disk, rename it: whole or not at all."""
+    """Write a file under a temporary name, flush it to disk, rename it: whole or not at all.
+
+    Raises UserError where the disk does not take it.
+    """
+    data = content.encode("utf-8") if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}.partial")
-    with temporary.open("wb") as file:
-        file.write(content.encode("utf-8") if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
+    try:
+        with writing(path):
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.rename(path)
+    except UserError:
+        temporary.unlink(missing_ok=True)
+        raise
     return path
 
 

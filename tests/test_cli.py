@@ -1,6 +1,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -200,6 +201,31 @@ def test_bad_input_ends_with_code_2_names_the_place_and_writes_nothing(place, mo
     assert "Traceback" not in result.output
     after = {path: path.read_bytes() for path in place.rglob("*") if path.is_file() and path.suffix != ".pyc"}
     assert after == before
+
+
+@pytest.mark.parametrize("name", ["recipe.read_recipe", "preflight.check", "distill.assemble"])
+def test_ctrl_c_before_the_first_update_is_told_in_one_line_with_what_was_written(place, monkeypatch, name):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
+    monkeypatch.setattr(f"diffopd.{name}", lambda *args, **options: signal.raise_signal(signal.SIGINT))
+    result = command("distill", place / "tiny.toml")
+    signal.signal(signal.SIGINT, before)
+    begun = name == "distill.assemble"
+    stands = f"{place}/run has no checkpoint yet; the same command begins anew." if begun else "Nothing was written."
+    assert result.exit_code == 130 and result.output == f"\nInterrupted. {stands}\n"
+    assert (place / "run").exists() == begun
+
+
+def test_a_full_disk_anywhere_in_a_run_is_told_with_what_of_it_stands(place, monkeypatch):
+    def fill(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("diffopd.distill.assemble", fill)
+    result = command("distill", place / "tiny.toml")
+    run = place / "run"
+    assert result.exit_code == 2 and result.stderr == (
+        f"Error: {run}: the disk takes no more (No space left on device). Make room on it. "
+        f"{run} has no checkpoint yet; the same command begins anew.\n"
+    )
 
 
 @pytest.mark.parametrize("name", ["evaluate", "export", "report"])

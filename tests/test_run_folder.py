@@ -1,6 +1,7 @@
 import json
 
 import pytest
+from limits import largest_file
 
 from diffopd.errors import UserError
 from diffopd.recipe import read_recipe
@@ -179,3 +180,19 @@ def test_an_atomic_write_that_fails_leaves_the_old_file(tmp_path):
     with pytest.raises(UnicodeEncodeError):
         atomic_write(path, "\ud800")
     assert path.read_text() == "old"
+
+
+@pytest.mark.parametrize("name", ["report.html", "metrics.jsonl"])
+def test_a_file_that_the_disk_does_not_take_is_named_and_the_old_one_stays(recipe_file, tmp_path, name):
+    folder = begun(tmp_path / "run", read_recipe(recipe_file), HASHES)
+    folder.write("report.html", "old")
+    (folder.path / "checkpoint-1").mkdir()
+    before = contents(folder.path)
+    with largest_file(100), pytest.raises(UserError) as caught:
+        folder.write(name, "x" * 200) if name == "report.html" else folder.append_metrics({"kind": "x" * 200})
+    after = contents(folder.path)
+    assert str(caught.value).startswith(
+        f"{folder.path / name} could not be written (File too large). Make room on that"
+    )
+    assert set(after) == set(before) and after[folder.path / "report.html"] == b"old"
+    assert folder.metrics() == [{"kind": "update", "update": 1}]
