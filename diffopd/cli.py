@@ -17,6 +17,7 @@ from typer.core import TyperGroup
 
 from diffopd import __version__
 from diffopd.errors import UserError
+from diffopd.interrupt import lost_interrupts_come_again
 
 
 class Commands(TyperGroup):
@@ -25,7 +26,8 @@ class Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
         try:
-            return super().invoke(ctx)
+            with lost_interrupts_come_again():
+                return super().invoke(ctx)
         except UserError as error:
             typer.secho(f"Error: {error}", fg=typer.colors.RED, err=True)
             raise typer.Exit(2) from error

@@ -4,6 +4,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import tiny
@@ -213,6 +214,18 @@ def test_ctrl_c_before_the_first_update_is_told_in_one_line_with_what_was_writte
     stands = f"{place}/run has no checkpoint yet; the same command begins anew." if begun else "Nothing was written."
     assert result.exit_code == 130 and result.output == f"\nInterrupted. {stands}\n"
     assert (place / "run").exists() == begun
+
+
+def test_a_ctrl_c_that_falls_into_a_callback_is_not_lost(place, monkeypatch):
+    class Callback:
+        def __del__(self):
+            signal.raise_signal(signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    monkeypatch.setattr("diffopd.preflight.check", lambda *_, **__: [Callback() and None, time.sleep(20)])
+    result = command("distill", place / "tiny.toml")
+    signal.signal(signal.SIGINT, before)
+    assert result.exit_code == 130 and result.output == "\nInterrupted. Nothing was written.\n"
 
 
 def test_a_full_disk_anywhere_in_a_run_is_told_with_what_of_it_stands(place, monkeypatch):
