@@ -204,6 +204,7 @@ def evaluate(
     from diffopd.run_folder import RunFolder
 
     folder = RunFolder.open(run)
+    folder.refuse_untrained()
     _quiet_libraries()
     from diffopd.evaluate import evaluate_run
     from diffopd.preflight import check_unchanged
@@ -239,6 +240,7 @@ def export(
     from diffopd.run_folder import RunFolder
 
     folder = RunFolder.open(run)
+    folder.refuse_untrained()
     _quiet_libraries()
     from diffopd.export import export_run
     from diffopd.hub import check_push

@@ -148,6 +148,12 @@ class RunFolder:
             )
         return from_resolved(stored["recipe"], Source(Path(stored["source"]), text, {}))
 
+    def refuse_untrained(self) -> None:
+        """Raise UserError for a run without a student: one that has no checkpoint yet, or one of teach."""
+        self.recipe()
+        if self.latest_checkpoint() is None:
+            raise UserError(f"{self.path}: has no checkpoint yet. Train it first: `diffopd distill` or `tune`.")
+
     def finish(self) -> None:
         """Note that the run, as its recipe and checkpoint stand now, is trained, evaluated, exported and reported."""
         self.write("finished.json", json.dumps(self._standing(self._stored()["recipe"]), indent=1))

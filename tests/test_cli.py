@@ -247,6 +247,18 @@ def test_a_folder_that_holds_no_run_is_refused(tmp_path, name):
     assert result.exit_code == 2 and "is not a run folder" in result.stderr
 
 
+@pytest.mark.parametrize("name", ["evaluate", "export"])
+def test_a_run_without_checkpoint_is_refused_before_anything_is_loaded(tmp_path, monkeypatch, name):
+    (tmp_path / "r.toml").write_text(
+        'name = "r"\n[student]\npretrained_model_name_or_path = "emoji"\n[[teachers]]\nname = "text"\n'
+        "[train]\nmax_train_steps = 4\n"
+    )
+    RunFolder.create(tmp_path / "run", read_recipe(tmp_path / "r.toml"), {})
+    monkeypatch.setattr("diffopd.cli._quiet_libraries", None)  # the first to import any
+    result = command(name, tmp_path / "run")
+    assert result.exit_code == 2 and f"{tmp_path}/run: has no checkpoint yet. Train it first" in result.stderr
+
+
 def test_a_dry_run_prints_the_plan_and_writes_nothing(place):
     result = command("distill", place / "tiny.toml", "--dry-run", "--set", "objective.substeps=5")
     assert result.exit_code == 0, result.output
