@@ -78,7 +78,7 @@ def distill(
 
     read = read_recipe(recipe, _options(overrides, output_dir))
     if dry_run:
-        _show_plan(read)
+        _show_plan(read, processes)
         return
     with _at_work(read.output_dir) as lock:
         _train(read, processes, lock)
@@ -129,7 +129,7 @@ def tune(
             tuning = prepare(asked, Path(place) / TASK, shipped=True)
             with task_written(tuning):
                 _show_facts(facts(tuning))
-                _show_plan(tuning.recipe)
+                _show_plan(tuning.recipe, processes)
         return
     check_features(asked)
     tuning = prepare(asked)
@@ -173,7 +173,7 @@ def teach(
     if dry_run:
         from rich.console import Console
 
-        Console().print(render_teach(found))
+        Console().print(render_teach(found, processes))
         return
     with _at_work(read.output_dir) as lock:
         count = int(os.environ.get("WORLD_SIZE", processes))
@@ -363,14 +363,14 @@ def _train(recipe: Any, processes: int, lock: int | None, begin: Any = None) -> 
         _finish(folder.path)
 
 
-def _show_plan(recipe: Any) -> None:
+def _show_plan(recipe: Any, processes: int) -> None:
     from rich.console import Console
 
     from diffopd.plan import make_plan, render
     from diffopd.preflight import check
 
     _quiet_libraries()
-    Console().print(render(make_plan(check(recipe))))
+    Console().print(render(make_plan(check(recipe), processes)))
 
 
 def _show_facts(lines: list[tuple[str, str]]) -> None:

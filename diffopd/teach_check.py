@@ -10,7 +10,7 @@ from diffopd.buckets import called_size
 from diffopd.data import PromptRow, read_prompts
 from diffopd.errors import UserError
 from diffopd.grid import draws_noise, make_scheduler
-from diffopd.plan import make_plan, readable
+from diffopd.plan import make_plan, process_facts, readable
 from diffopd.preflight import Parts, check
 from diffopd.reward import (
     check_card_reward,
@@ -114,7 +114,7 @@ def _check_files(recipe: TeachRecipe, rows: list[PromptRow]) -> None:
             )
 
 
-def render_teach(found: TeachParts) -> RenderableType:
+def render_teach(found: TeachParts, processes: int = 1) -> RenderableType:
     """The plan as a person reads it."""
     from rich.console import Group
     from rich.table import Table
@@ -124,12 +124,12 @@ def render_teach(found: TeachParts) -> RenderableType:
     facts = Table(box=None, show_header=False, pad_edge=False)
     facts.add_column(style="bold", no_wrap=True)
     facts.add_column()
-    for name, value in _facts(found):
+    for name, value in _facts(found, processes):
         facts.add_row(name, value)
     return Group(Text(f"Plan of teaching {recipe.card.name} ({recipe.path})", "bold"), facts)
 
 
-def _facts(found: TeachParts) -> list[tuple[str, str]]:
+def _facts(found: TeachParts, processes: int) -> list[tuple[str, str]]:
     recipe = found.recipe
     plan, train, sampling = make_plan(found.parts), recipe.train, recipe.sampling
     student, estimator = recipe.student, recipe.estimator
@@ -157,6 +157,7 @@ def _facts(found: TeachParts) -> list[tuple[str, str]]:
         ("watched", ", ".join(["reward", *recipe.watch, "drift", "diversity"]) if train.validate_every else "nothing"),
         ("ends after", " or ".join(ends)),
         ("memory", f"{readable(sum(plan.memory.values()))} in float32, without the old policy and rewards"),
+        *process_facts(processes),
         ("output_dir", recipe.output_dir),
     ]
     return lines + ([("to install", f"{', '.join(found.missing)}: a reward needs it")] if found.missing else [])

@@ -260,8 +260,9 @@ def test_a_run_without_checkpoint_is_refused_before_anything_is_loaded(tmp_path,
 
 
 def test_a_dry_run_prints_the_plan_and_writes_nothing(place):
-    result = command("distill", place / "tiny.toml", "--dry-run", "--set", "objective.substeps=5")
+    result = command("distill", place / "tiny.toml", "--dry-run", "--set", "objective.substeps=5", "--processes", 4000)
     assert result.exit_code == 0, result.output
+    assert "they slow each other down" in result.output
     assert "5 substeps" in result.output and "999 499" in result.output and not (place / "run").exists()
 
 

@@ -8,7 +8,7 @@ from rich.console import Console
 from diffopd.blueprint import num_values
 from diffopd.errors import UserError
 from diffopd.load import load_pipeline
-from diffopd.plan import make_plan, readable, render
+from diffopd.plan import make_plan, process_facts, readable, render
 from diffopd.preflight import check
 from diffopd.recipe import read_recipe
 from diffopd.rehearsal import CLIP_TOKENS
@@ -211,3 +211,18 @@ def test_a_number_of_steps_for_scoring_alone_is_shown(tiny_recipe, capsys):
         Console(width=200).print(render(plan(tiny_recipe, *options)))
         lines = [line.split() for line in capsys.readouterr().out.splitlines()]
         assert (["scored", "at", "8", "steps"] in lines) is is_shown
+
+
+@pytest.mark.parametrize(
+    ("processes", "device", "said"),
+    [
+        (1, "cpu", []),
+        (2, "cpu", [("processes", "2")]),
+        (3, "cpu", [("processes", "3 on 2 cores: they slow each other down, take at most 2 here")]),
+        (3, "cuda", [("processes", "3")]),
+    ],
+)
+def test_more_processes_than_cores_are_remarked(monkeypatch, processes, device, said):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 5}, raising=False)
+    monkeypatch.setattr("diffopd.processes.default_device", lambda: device)
+    assert process_facts(processes) == said
