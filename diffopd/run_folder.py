@@ -40,6 +40,8 @@ LOCK = ".lock"  # of the process at work here; one that was killed leaves it beh
 # What may lie in the folder before its run: a task made from pictures, and what is found out before the first update.
 PREPARED = {LOCK, "task", "teacher-check.png", "teacher-check.json", "cost.json"}
 BEGUN = ("recipe.toml", "recipe.json")
+# What a start besides leaves that failed in its first update: made anew by the next one.
+STARTED = (*BEGUN, "metrics.jsonl", "looks", "tensorboard")
 NOTHING = "Nothing was written."
 SCHEDULE = {"train.max_train_steps", "train.max_train_seconds"}  # a cosine falls towards them: fixed under it
 
@@ -217,7 +219,7 @@ class RunFolder:
 
     def _forget_rows_after(self, checkpoint: Path | None) -> None:
         """Drop metrics of updates that are about to be done again, and the note on why the run stopped."""
-        last, rows = _update_of(checkpoint) if checkpoint else 0, self.metrics()
+        last, rows = _update_of(checkpoint) if checkpoint else -1, self.metrics()
         kept = [row for row in rows if row.get("update", 0) <= last and row.get("kind") != "stop"]
         if (self.path / "metrics.jsonl").is_file():
             self.write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
@@ -231,8 +233,10 @@ def _json(text: str, place: str, remedy: str) -> Any:
 
 
 def has_begun(path: Path) -> bool:
-    """Whether a folder holds a run that was not stopped before its first update."""
-    return (path / "recipe.json").is_file() and not _is_free(path, *BEGUN)
+    """Whether a folder holds a run that has finished an update; without one there is nothing to go on from."""
+    if not (path / "recipe.json").is_file():
+        return False
+    return not _is_free(path, *STARTED) or any(row.get("update", 0) > 0 for row in RunFolder(path).metrics())
 
 
 def _is_free(path: Path, *besides: str) -> bool:

@@ -90,6 +90,20 @@ def test_a_folder_in_which_nothing_was_trained_is_taken_by_what_is_asked_next(re
     assert json.loads((folder.path / "recipe.json").read_text())["hashes"] == mended
 
 
+def test_a_start_that_failed_in_its_first_update_leaves_nothing_in_the_way(recipe_file, tmp_path):
+    """Its weights were not numbers, or its reward failed: mended, it may have the same folder."""
+    folder = RunFolder.create(tmp_path / "run", read_recipe(recipe_file), HASHES)
+    for kind in ("begin", "held_out"):
+        folder.append_metrics({"kind": kind, "update": 0})
+    for name in ("looks", "tensorboard"):
+        (folder.path / name).mkdir()
+    RunFolder.create(folder.path, read_recipe(recipe_file, ["seed=7"]), {})
+    assert folder.metrics() == [] and folder.recipe().seed == 7
+    folder.append_metrics({"kind": "update", "update": 1})
+    with pytest.raises(UserError, match="seed was 7, is 0"):
+        RunFolder.create(folder.path, read_recipe(recipe_file), {})
+
+
 def test_checking_a_folder_writes_nothing(recipe_file, tmp_path):
     folder = RunFolder.check(tmp_path / "run", read_recipe(recipe_file), HASHES)
     assert not folder.path.exists()
