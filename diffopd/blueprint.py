@@ -5,6 +5,7 @@ Sizes that depend on the architecture are measured on the meta device, where ten
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import struct
@@ -54,6 +55,13 @@ class Blueprint:
         """The denoiser's modules with shapes and no data."""
         return build_on_meta(self.denoiser_config)
 
+    @property
+    def is_video(self) -> bool:
+        """Whether the pipeline draws frames instead of pictures."""
+        import diffusers
+
+        return is_video(getattr(diffusers, self.pipeline_class))
+
     def num_parameters(self) -> int:
         """Parameters of the denoiser."""
         return sum(parameter.numel() for parameter in self.meta_denoiser.parameters())
@@ -100,6 +108,11 @@ def read_blueprint(name: str, *, shipped: bool = False) -> Blueprint:
         raise UserError(f"{folder}: the pipeline has no unet and no transformer with a config.json. Save it anew.")
     kind = index.get("_class_name")
     return Blueprint(folder, kind[-1] if isinstance(kind, list) else str(kind), configs, classes, options)
+
+
+def is_video(pipeline_class: type) -> bool:
+    """Whether the pipeline returns frames instead of images: its call's documented choice of their number."""
+    return "num_frames" in inspect.signature(pipeline_class.__call__).parameters
 
 
 def pipeline_hashes(folder: Path) -> dict[str, str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 from diffopd.blueprint import Blueprint
 
@@ -18,6 +20,12 @@ def native_resolution(base: Blueprint) -> int:
     if base.denoiser == "unet" and isinstance(config.get("sample_size"), int):
         return config["sample_size"] * autoencoder_factor(base)
     return DEFAULT_RESOLUTION
+
+
+def called_size(call: Mapping[str, Any], base: Blueprint) -> Size:
+    """(width, height) of the pictures that a call of the pipeline draws."""
+    side = native_resolution(base)
+    return call.get("width") or side, call.get("height") or side
 
 
 def autoencoder_factor(base: Blueprint) -> int:

@@ -20,8 +20,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from diffopd.adapters import STUDENT, Average
+from diffopd.disk import writing
 from diffopd.drive import denoiser_name, denoiser_of
 from diffopd.errors import UserError
+from diffopd.run_folder import RunFolder
 
 
 @dataclass
@@ -56,12 +58,25 @@ def save_checkpoint(folder: Path, trained: Trained) -> None:
     """Write `folder` whole or not at all: a temporary name, flushed to disk, then a rename.
 
     A folder that is there already stays as it is: it holds the state of this very update.
+
+    Raises UserError where the disk does not take it, naming the checkpoint before it, which stays.
     """
     if folder.exists():
         return
     temporary = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(temporary, ignore_errors=True)
-    state = temporary / "state"
+    try:
+        with writing(folder, RunFolder(folder.parent).kept()):
+            _write(temporary, trained)
+            temporary.rename(folder)
+            flush(folder.parent)
+    except UserError:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _write(folder: Path, trained: Trained) -> None:
+    state = folder / "state"
     state.mkdir(parents=True)
     save_file(_contiguous(trained.parameters), state / "parameters.safetensors")
     for name, average in (("average", trained.average), ("self_teacher", trained.self_teacher)):
@@ -70,12 +85,10 @@ def save_checkpoint(folder: Path, trained: Trained) -> None:
     save_file(_optimizer_tensors(trained), state / "optimizer.safetensors")
     (state / "progress.json").write_text(json.dumps(asdict(trained.progress)))
     with averaged(trained):
-        save_deployable(temporary, trained.pipeline, is_lora=trained.is_lora)
-    share(temporary)
-    for path in (*temporary.rglob("*"), temporary):
+        save_deployable(folder, trained.pipeline, is_lora=trained.is_lora)
+    share(folder)
+    for path in (*folder.rglob("*"), folder):
         flush(path)
-    temporary.rename(folder)
-    flush(folder.parent)
 
 
 def share(folder: Path) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from typer.core import TyperGroup
 
 from diffopd import __version__
 from diffopd.errors import UserError
+from diffopd.interrupt import lost_interrupts_come_again
 
 
 class Commands(TyperGroup):
@@ -24,7 +26,8 @@ class Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Run the command."""
         try:
-            return super().invoke(ctx)
+            with lost_interrupts_come_again():
+                return super().invoke(ctx)
         except UserError as error:
             typer.secho(f"Error: {error}", fg=typer.colors.RED, err=True)
             raise typer.Exit(2) from error
@@ -33,6 +36,8 @@ class Commands(TyperGroup):
                 raise
             typer.secho(f"Error: {error.filename}: {error.strerror}.", fg=typer.colors.RED, err=True)
             raise typer.Exit(2) from error
+        except KeyboardInterrupt as error:  # before the work in a run folder (_at_work)
+            raise _interrupted("Nothing was written.") from error
 
 
 app = typer.Typer(
@@ -73,7 +78,7 @@ def distill(
 
     read = read_recipe(recipe, _options(overrides, output_dir))
     if dry_run:
-        _show_plan(read)
+        _show_plan(read, processes)
         return
     with _at_work(read.output_dir) as lock:
         _train(read, processes, lock)
@@ -124,7 +129,7 @@ def tune(
             tuning = prepare(asked, Path(place) / TASK, shipped=True)
             with task_written(tuning):
                 _show_facts(facts(tuning))
-                _show_plan(tuning.recipe)
+                _show_plan(tuning.recipe, processes)
         return
     check_features(asked)
     tuning = prepare(asked)
@@ -153,7 +158,7 @@ def teach(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="With --write: replace weights there.")] = False,
 ) -> None:
     """Make the weights that a teacher's folder describes (teach.toml), from pictures or from a reward."""
-    from diffopd.teach_check import check_teach, render_teach
+    from diffopd.teach_check import check_teach, render_teach, try_teach_rewards
     from diffopd.teach_recipe import read_teach_recipe
     from diffopd.teach_write import check_writable, write_weights
 
@@ -168,10 +173,12 @@ def teach(
     if dry_run:
         from rich.console import Console
 
-        Console().print(render_teach(found))
+        Console().print(render_teach(found, processes))
         return
     with _at_work(read.output_dir) as lock:
         count = int(os.environ.get("WORLD_SIZE", processes))
+        if _scores_here(count):
+            try_teach_rewards(found)
         folder = _run_folder(read, found.hashes, count)
         if count > 1 and "WORLD_SIZE" not in os.environ:
             from diffopd.launch import launch
@@ -197,6 +204,7 @@ def evaluate(
     from diffopd.run_folder import RunFolder
 
     folder = RunFolder.open(run)
+    folder.refuse_untrained()
     _quiet_libraries()
     from diffopd.evaluate import evaluate_run
     from diffopd.preflight import check_unchanged
@@ -232,6 +240,7 @@ def export(
     from diffopd.run_folder import RunFolder
 
     folder = RunFolder.open(run)
+    folder.refuse_untrained()
     _quiet_libraries()
     from diffopd.export import export_run
     from diffopd.hub import check_push
@@ -295,27 +304,51 @@ def _options(overrides: list[str] | None, output_dir: Path | None) -> list[str]:
     return list(overrides or []) + ([f"output_dir={json.dumps(str(output_dir))}"] if output_dir else [])
 
 
-def _at_work(folder: Path | str) -> AbstractContextManager[int | None]:
-    """A checked run folder, this process's own while open; those that work for another process have its lock."""
+@contextmanager
+def _at_work(folder: Path | str) -> Iterator[int | None]:
+    """A checked run folder, this process's own while open; those that work for another process have its lock.
+
+    Ctrl-C that nothing else has taken, and a full disk, are told with what of the run stands.
+    """
+    from diffopd.disk import is_full, reason
     from diffopd.launch import LAUNCHED
     from diffopd.lock import at_work
     from diffopd.run_folder import RunFolder
 
-    path = RunFolder.at(folder).path
-    if LAUNCHED in os.environ or not _is_main():
-        return nullcontext()
-    return at_work(path, partial(typer.secho, fg=typer.colors.YELLOW, err=True))
+    held = RunFolder.at(folder)
+    is_guest = LAUNCHED in os.environ or not _is_main()
+    warn = partial(typer.secho, fg=typer.colors.YELLOW, err=True)
+    try:
+        with nullcontext() if is_guest else at_work(held.path, warn) as lock:
+            yield lock
+    except KeyboardInterrupt as error:
+        raise _interrupted(held.kept()) from error
+    except Exception as error:
+        if isinstance(error, UserError) or not is_full(error):
+            raise
+        raise UserError(
+            f"{held.path}: the disk takes no more ({reason(error)}). Make room on it. {held.kept()}"
+        ) from error
+
+
+def _interrupted(kept: str) -> typer.Exit:
+    """How a command that Ctrl-C ended exits; the first process says so."""
+    if _is_main():
+        typer.secho(f"\nInterrupted. {kept}", fg=typer.colors.YELLOW, err=True)
+    return typer.Exit(130)
 
 
 def _train(recipe: Any, processes: int, lock: int | None, begin: Any = None) -> None:
     """Check a recipe, run it to its end in this many processes, evaluate, export, report."""
-    from diffopd.preflight import check
+    from diffopd.preflight import check, try_rewards
 
     _quiet_libraries()
     parts = check(recipe, hash_weights=True)
     count = int(os.environ.get("WORLD_SIZE", processes))
     if _is_finished(recipe, parts.hashes, count):
         return
+    if _scores_here(count):
+        try_rewards(parts)
     folder = _run_folder(recipe, parts.hashes, count)
     if count > 1 and "WORLD_SIZE" not in os.environ:
         from diffopd.launch import launch
@@ -330,14 +363,14 @@ def _train(recipe: Any, processes: int, lock: int | None, begin: Any = None) -> 
         _finish(folder.path)
 
 
-def _show_plan(recipe: Any) -> None:
+def _show_plan(recipe: Any, processes: int) -> None:
     from rich.console import Console
 
     from diffopd.plan import make_plan, render
     from diffopd.preflight import check
 
     _quiet_libraries()
-    Console().print(render(make_plan(check(recipe))))
+    Console().print(render(make_plan(check(recipe), processes)))
 
 
 def _show_facts(lines: list[tuple[str, str]]) -> None:
@@ -396,6 +429,11 @@ def _finish(run: Path) -> None:
 def _is_main() -> bool:
     """Whether this is the only or the first of the processes that torchrun started."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def _scores_here(count: int) -> bool:
+    """Whether this is the first of the `count` processes that train, not one that only starts them."""
+    return _is_main() and (count == 1 or "WORLD_SIZE" in os.environ)
 
 
 def _quiet_libraries() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from diffopd.assemble import student_arguments
+from diffopd.blueprint import is_video
 from diffopd.checkpoint import share
 from diffopd.data import read_prompts
 from diffopd.drive import Call
@@ -134,13 +135,6 @@ def compare(pipeline: Any, arguments: dict[str, Any], forms: list[Form], folder:
                 "please report this."
             )
     return differences
-
-
-def is_video(pipeline_class: type) -> bool:
-    """Whether the pipeline returns frames instead of images: its call's documented choice of their number."""
-    import inspect
-
-    return "num_frames" in inspect.signature(pipeline_class.__call__).parameters
 
 
 def _card(exported: Exported, student: Deployed, target: Path, names: Collection[str]) -> str:

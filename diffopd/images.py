@@ -74,8 +74,9 @@ def _named(where: Path, instance_prompt: str | None, mistakes: list[str]) -> lis
         _refuse_two_captions(where, instance_prompt)
         return _rows(where, mistakes, fenced=False)
     if not where.is_dir():
+        wrong = "is a file, not a folder" if where.is_file() else "there is no such folder"
         raise UserError(
-            f"{where}: there is no such folder. Give a folder of pictures (captions in .txt files of the same names or "
+            f"{where}: {wrong}. Give a folder of pictures (captions in .txt files of the same names or "
             f"in {METADATA}), or a .jsonl file."
         )
     _refuse_other_layouts(where)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from types import FrameType
 
 STDERR = 2
+SOON = 0.1  # seconds until a lost Ctrl-C comes again
 
 
 @dataclass
@@ -42,3 +44,25 @@ def deferred_interrupt(note: str) -> Iterator[Interrupt]:
         yield interrupt
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def lost_interrupts_come_again() -> Iterator[None]:
+    """While open, a Ctrl-C that falls into a callback, where Python ignores exceptions, is raised again a moment later.
+
+    An import goes through hundreds of such callbacks (they release its locks), and these libraries import for seconds.
+    """
+    before = sys.unraisablehook
+
+    def hook(unraisable: sys.UnraisableHookArgs) -> None:
+        if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+            return before(unraisable)
+        timer = threading.Timer(SOON, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT))
+        timer.daemon = True
+        return timer.start()
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before

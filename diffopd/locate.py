@@ -81,9 +81,12 @@ def tune_recipe_names() -> list[str]:
 def find_tune_recipe(name: str) -> Path:
     """A tuning recipe's file by shelf name or path. Raises UserError for a name that is not on the shelf."""
     if name.endswith(".toml") or is_path(name):
-        return Path(name).expanduser().absolute()
+        path = Path(name).expanduser().absolute()
+        _refuse_other_file(path)
+        return path
     file = shelf("teachers") / "tune" / f"{name}.toml"
     if not file.is_file():
+        _refuse_other_file(Path(name))
         raise UserError(
             f'There is no shipped tuning recipe "{name}".{suggestion(name, tune_recipe_names())} '
             "For your own recipe give the path of its .toml file."
@@ -102,15 +105,31 @@ def find_recipe(name: str) -> Path:
         if not path.is_file():
             near = nearest_sibling(path) or suggestion(Path(name).stem, recipe_names())
             raise UserError(f"{path}: there is no such recipe file.{near}")
+        _refuse_other_file(path)
         return path.absolute()
     top = shelf("teachers")
     for path in (top / f"{name}.toml", top / name / "distill.toml"):
         if path.is_file():
             return path
+    _refuse_other_file(Path(name))
+    if name in teacher_names():
+        raise UserError(
+            f'"{name}" is a teacher, and distilled is a recipe, which names its teachers. Known recipes: '
+            f"{', '.join(recipe_names())}. To learn from this one alone, write a .toml with [student] and [[teachers]] "
+            f'name = "{name}" (README, "Add your own teacher"); `diffopd teach {name}` makes the teacher itself.'
+        )
     raise UserError(
         f'There is no shipped recipe "{name}".{suggestion(name, recipe_names())} '
         "For your own recipe give the path of its .toml file."
     )
+
+
+def _refuse_other_file(path: Path) -> None:
+    if path.is_file() and path.suffix != ".toml":
+        raise UserError(
+            f"{path} is not a recipe: a recipe is a .toml file. Give the path of one, or a shipped recipe's name "
+            "(`diffopd teachers` lists them)."
+        )
 
 
 def find_teacher(name: str, relative_to: Path) -> Path:
@@ -125,12 +144,23 @@ def find_teacher(name: str, relative_to: Path) -> Path:
         return folder
     folder = Path(absolute(name, relative_to))
     if not (folder / "teacher.toml").is_file():
-        near = [str(path.parent) for path in folder.parent.glob("*/teacher.toml")] if folder.is_absolute() else []
-        raise UserError(
-            f"{folder}: is not a teacher folder, it has no teacher.toml.{suggestion(str(folder), near)} "
-            "A teacher is a folder with teacher.toml, weights and prompts."
-        )
+        raise UserError(_no_teacher(folder))
     return folder
+
+
+def _no_teacher(folder: Path) -> str:
+    """Why there is no teacher at a local path, and what to name instead."""
+    if folder.is_file():
+        return f"{folder}: is a file. Name the teacher's folder, the one with its teacher.toml."
+    is_there, places = folder.is_dir(), [folder, folder.parent] if folder.is_absolute() else []
+    found = [[str(path.parent) for path in sorted(place.glob("*/teacher.toml"))] for place in places]
+    near = next(filter(None, found), [])
+    hint = suggestion(str(folder), near) if near else ""
+    wrong = "is not a teacher folder, it has no teacher.toml" if is_there else "there is no such folder"
+    return (
+        f"{folder}: {wrong}.{hint} A teacher is a folder with teacher.toml, weights and prompts "
+        '(README, "Add your own teacher").'
+    )
 
 
 def find_pipeline(name: str, relative_to: Path | None = None, *, patterns: list[str] | None = None) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from rich.progress import BarColumn, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -19,13 +20,16 @@ if TYPE_CHECKING:
 
 
 class TrainingLog:
-    """Open while a run trains. Only the main process shows and writes anything."""
+    """Open while a run trains. Only the main process shows and writes anything.
+
+    Without a terminal there is no bar, and each held-out check prints a line.
+    """
 
     title = "distill"
 
     def __init__(self, folder: RunFolder, recipe: Recipe, progress: Progress, *, is_main: bool) -> None:
         self._folder, self._progress, self._is_main = folder, progress, is_main
-        train = recipe.train
+        self._train = train = recipe.train
         self._by_time = not train.max_train_steps
         self._total = (
             train.max_train_seconds if self._by_time else train.max_train_steps
@@ -83,6 +87,7 @@ class TrainingLog:
         mean = sum(per_teacher.values()) / len(per_teacher)
         place = {"update": self._progress.update, "seconds": round(self._progress.seconds, 3)}
         self._write(kind="validation", **place, loss=mean, loss_per_teacher=per_teacher)
+        self._say(f"held-out {mean:.4f}")
 
     def look(self, values: dict[str, float]) -> None:
         """What pictures drawn at this moment say."""
@@ -105,6 +110,26 @@ class TrainingLog:
     def _done(self) -> float:
         return self._progress.seconds if self._by_time else self._progress.update
 
+    def _say(self, measured: str) -> None:
+        """One plain line, where no terminal shows the bar."""
+        if not self._is_main or self._bar.console.is_terminal:
+            return
+        left = self._seconds_left()
+        parts = [f"{self.title} update {self._progress.update}", self._losses(), measured]
+        parts += [f"about {timedelta(seconds=round(left))} left"] if left is not None else []
+        self._bar.console.print(" | ".join(filter(None, parts)), soft_wrap=True, highlight=False)
+
+    def _seconds_left(self) -> float | None:
+        """Of training until the first bound of the recipe; None where none is known yet."""
+        train, progress = self._train, self._progress
+        left = [train.max_train_seconds - progress.seconds] if train.max_train_seconds else []
+        if train.max_train_steps and progress.update:
+            left.append((train.max_train_steps - progress.update) * progress.seconds / progress.update)
+        return max(0.0, min(left)) if left else None
+
+    def _losses(self) -> str:
+        return " ".join(f"{name} {value:.4f}" for name, value in self._smooth.items())
+
     def _show(self, per_teacher: dict[str, float]) -> None:
         now = time.monotonic()
         rate = 1.0 / max(now - self._last, 1e-9)
@@ -112,10 +137,8 @@ class TrainingLog:
         self._last = now
         for name, value in per_teacher.items():
             self._smooth[name] = 0.9 * self._smooth.get(name, value) + 0.1 * value
-        losses = " ".join(f"{name} {value:.4f}" for name, value in self._smooth.items())
-        self._bar.update(
-            self._task, completed=self._done(), note=f"{self._progress.update} | {losses} | {self._rate:.2f}/s"
-        )
+        note = f"{self._progress.update} | {self._losses()} | {self._rate:.2f}/s"
+        self._bar.update(self._task, completed=self._done(), note=note)
 
 
 def start_trackers(names: list[str], recipe: Recipe, folder: RunFolder) -> list[Any]:

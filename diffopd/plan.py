@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -44,6 +45,7 @@ class Plan:
     teachers: tuple[TeacherPlan, ...]
     pictures_per_update: int
     held: Footprint
+    processes: int = 1
 
     @property
     def num_trained(self) -> int:
@@ -62,8 +64,8 @@ class Plan:
         return self.pictures_per_update * self.student_evaluations, self.pictures_per_update * teachers
 
 
-def make_plan(parts: Parts) -> Plan:
-    """The plan of a checked recipe."""
+def make_plan(parts: Parts, processes: int = 1) -> Plan:
+    """The plan of a checked recipe, trained in so many processes."""
     from diffopd.rehearsal import forwards
 
     recipe, base = parts.recipe, parts.base
@@ -96,6 +98,7 @@ def make_plan(parts: Parts) -> Plan:
         teachers=tuple(teachers),
         pictures_per_update=tasks * train.batch_size * train.gradient_accumulation_steps,
         held=footprint(parts),
+        processes=processes,
     )
 
 
@@ -169,8 +172,22 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
         ),
         *([("held-out loss", _validated(plan))] if train.validate_every else []),
         ("ends after", " or ".join(ends)),
+        *process_facts(plan.processes),
         ("output_dir", plan.recipe.output_dir),
     ]
+
+
+def process_facts(processes: int) -> list[tuple[str, str]]:
+    """How many processes train, and a remark where the cores of this machine are fewer; nothing of a single one."""
+    from diffopd.processes import default_device
+
+    if processes == 1:
+        return []
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if processes <= cores or default_device() != "cpu":
+        return [("processes", str(processes))]
+    slow = f"{processes} on {cores} core{'s' * (cores != 1)}: they slow each other down, take at most {cores} here"
+    return [("processes", slow)]
 
 
 def _solver(plan: Plan) -> str:

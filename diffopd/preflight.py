@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from diffopd.blueprint import Blueprint, pipeline_hashes, read_blueprint
+from diffopd.buckets import called_size
 from diffopd.call_check import (
     check_backends,
     check_call_arguments,
@@ -20,6 +21,7 @@ from diffopd.fit_check import check_fit, check_warm_start, lora_size
 from diffopd.grid import Grid, check_walk, grid_of, make_scheduler, side_arguments
 from diffopd.locate import PACKAGE, find_pipeline
 from diffopd.recipe import Recipe
+from diffopd.reward import try_card_reward
 from diffopd.rows_check import check_contexts, check_given, check_pictures, check_test_rows, read_rows
 from diffopd.run_folder import RunFolder
 from diffopd.teacher import TeacherCard, hub_weights, lora_file, teacher_card, weights_sha256
@@ -71,6 +73,18 @@ def check(recipe: Recipe, *, hash_weights: bool = False) -> Parts:
     _check_scored_steps(recipe, base)
     hashes = _hashes(recipe, cards) if hash_weights else {}
     return Parts(recipe, base, cards, train, test, grid, hashes)
+
+
+def try_rewards(parts: Parts) -> None:
+    """Call each function that scores a task once, on blank pictures, so that it does not fail after the training only.
+
+    In one process: its networks, if it has any, stay in memory. Raises UserError as `reward.try_card_reward`.
+    """
+    if parts.base.is_video:
+        return  # scored are lists of frames, whose number only the pipeline decides
+    size = called_size(parts.recipe.student.call, parts.base)
+    for card in parts.cards:
+        try_card_reward(card, parts.test_rows[card.name], size)
 
 
 def _base(recipe: Recipe, *, shipped: bool) -> Blueprint:

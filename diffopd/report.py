@@ -49,7 +49,9 @@ def page_context(folder: RunFolder) -> dict[str, Any]:
     """Everything the template shows."""
     recipe, metrics = folder.recipe(), folder.metrics()
     updates = [row for row in metrics if row["kind"] == "update"]
-    scores = (read_json(folder.path / "evaluation" / "scores.json") or {}).get("rows", [])
+    file = folder.path / "evaluation" / "scores.json"
+    scored = read_json(file) or {}
+    scores = scored.get("rows", [])
     teachers = [_teacher(settings, recipe, scores, folder.hashes()) for settings in recipe.teachers]
     colors = {teacher["name"]: f"var(--c{i % NUM_COLORS})" for i, teacher in enumerate(teachers)}
     checks = [row for row in metrics if row["kind"] == "validation"]
@@ -65,10 +67,13 @@ def page_context(folder: RunFolder) -> dict[str, Any]:
         "last": updates[-1] if updates else None,
         "ratios": student_ratios(scores, list(colors)),
         "table": score_table(scores, list(colors)),
+        "has_damaged_scores": file.is_file() and not scored,
+        "update": update_words(recipe),
         "losses": charts.line_chart(loss_lines(updates, colors)),
         "state_losses": {name: charts.line_chart(lines, ends=True) for name, lines in state_lines(updates, colors)},
         "held_out": charts.line_chart(loss_lines(checks, colors), smooth=False, dots=True),
         "grid": picture_grid(folder.path),
+        "drawn_at": {task: drawn_at(scored, task) for task in colors},
         "looks": looks(folder.path, metrics),
         "cost": cost(folder.path),
         "trajectories": trajectories(folder.path),
@@ -110,13 +115,31 @@ def _teacher(settings: TeacherSettings, recipe: Recipe, scores: list[Row], hashe
         card = None
     name = card.name if card else Path(settings.name).name
     own = next((r for r in scores if r["model"] == f"teacher:{name}" and r.get("is_reference")), {})
-    row = {"name": name, "weight": settings.weight, "form": card.form if card else None}
+    row = {"name": name, "share": share(settings, recipe), "form": card.form if card else None}
     for key in ("guidance_scale", "num_inference_steps"):
         asked = getattr(settings, key)
         row[key] = asked if asked is not None else getattr(card, key) if card else own.get(key)
     row["is_asked_the_same"] = card is not None and _is_asked_the_same(card)
     row["hash"] = next((digest for file, digest in hashes.items() if file.startswith(f"{name}/")), None)
     return row
+
+
+def share(settings: TeacherSettings, recipe: Recipe) -> float | None:
+    """A teacher's share of the loss, or of the draws; None where teachers take turns and weights mean nothing."""
+    if recipe.train.tasks_per_update == "round_robin":
+        return None
+    return settings.weight / sum(teacher.weight for teacher in recipe.teachers)
+
+
+def update_words(recipe: Recipe) -> str:
+    """What one update is made of."""
+    train, draws = recipe.train, recipe.train.tasks_per_update
+    pictures = f"{train.batch_size * train.gradient_accumulation_steps} pictures a process"
+    if draws == "round_robin" and len(recipe.teachers) > 1:
+        return f"{pictures} an update, teachers in turn"
+    if draws == "all" or draws == "round_robin":
+        return f"{pictures} and teacher an update"
+    return f"{pictures} for each of the {draws} teachers drawn an update"
 
 
 def _is_asked_the_same(card: TeacherCard) -> bool:
@@ -249,6 +272,22 @@ def picture_grid(run: Path) -> dict[str, list[Row]]:
         ]
         found[entry["task"]].append({"prompt": entry["prompt"], "models": shown})
     return dict(found)
+
+
+def drawn_at(scored: Row, task: str) -> str:
+    """At how many steps and which guidance the grid's pictures of a task were drawn, as far as the scores know."""
+    rows = [row for row in scored.get("rows", []) if row["task"] == task]
+    first = scored.get("settings", {}).get("guidance_scales", [None])[0]  # the one that the base is drawn at
+    shown = {
+        "base": [row for row in rows if row["model"] == "base" and row["guidance_scale"] == first],
+        "teacher": [row for row in rows if row["model"] == f"teacher:{task}"],
+        "student": [row for row in rows if row["model"] == "student"],
+    }
+    words = []
+    for name, found in shown.items():
+        for row in sorted(found, key=lambda row: not row.get("is_reference"))[:1]:
+            words.append(f"{name}: {row['num_inference_steps']} steps, guidance {row['guidance_scale']:g}")
+    return "; ".join(words)
 
 
 def looks(run: Path, metrics: list[Row]) -> Row | None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
-from collections.abc import Mapping
+import traceback
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from diffopd.data import PromptRow
 from diffopd.errors import UserError, suggestion
 from diffopd.rewards import SHIPPED
 from diffopd.teach_recipe import TeachRecipe
@@ -25,19 +27,27 @@ class WeightedSum:
     terms: tuple[tuple[str, float, Reward], ...]
 
     def __call__(self, images: list[Any], prompts: list[str], metadata: list[dict[str, Any]]) -> np.ndarray:
-        """(B,) float64. Raises ValueError for a term that gives another number of scores."""
-        import torch
-
+        """(B,) float64. Raises ValueError for a term that gives anything but B numbers."""
         total = np.zeros(len(images))
         for name, weight, reward in self.terms:
-            scores = torch.as_tensor(reward(images, prompts, metadata), dtype=torch.float64).cpu().numpy()
-            if not scores.ndim or scores.size != len(images):
-                found = f"{scores.size} scores" if scores.ndim else "one number"
-                raise ValueError(
-                    f"reward {name!r} gave {found} for {len(images)} pictures, not a list of one for each."
-                )
-            total += weight * scores.reshape(-1)
+            total += weight * _scores(name, reward(images, prompts, metadata), len(images))
         return total
+
+
+def _scores(name: str, given: Any, count: int) -> np.ndarray:
+    """(count,) float64 of what a reward gave. Raises ValueError for anything else."""
+    import torch
+
+    try:
+        scores = torch.as_tensor(given, dtype=torch.float64).cpu().numpy()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"reward {name!r} gave {type(given).__name__} for {count} pictures, not a list of one number for each."
+        ) from error
+    if not scores.ndim or scores.size != count:
+        found = f"{scores.size} scores" if scores.ndim else "one number"
+        raise ValueError(f"reward {name!r} gave {found} for {count} pictures, not a list of one for each.")
+    return scores.reshape(-1)
 
 
 @dataclass(frozen=True)
@@ -78,6 +88,63 @@ def check_reward(recipe: TeachRecipe) -> list[str]:
 def check_card_reward(card: TeacherCard) -> list[str]:
     """As `check_reward`, of the reward that scores a teacher's task."""
     return _checked(_terms_of_card(card))
+
+
+def try_reward(recipe: TeachRecipe, rows: Sequence[PromptRow], size: tuple[int, int]) -> None:
+    """Call the file's functions that a teacher is taught by once, on two blank pictures of (width, height) pixels.
+
+    rows: real ones to call them with. Shipped rewards are not loaded. Raises UserError, naming file and function, for
+    whatever a function raises, and for scores that are not one finite number a picture.
+    """
+    if not recipe.rewards:
+        try_card_reward(recipe.card, rows, size)
+    for term in _terms(recipe) if recipe.rewards else ():
+        _tried(term, rows, size)
+
+
+def try_card_reward(card: TeacherCard, rows: Sequence[PromptRow], size: tuple[int, int]) -> None:
+    """As `try_reward`, of what scores a teacher's task: a card's one function must also keep to [0, 1]."""
+    for term in _terms_of_card(card):
+        scores = _tried(term, rows, size)
+        outside = scores[(scores < 0) | (scores > 1)]
+        if not card.rewards and len(outside):
+            raise UserError(
+                f"{term.place}: {term.settings.reward!r} scored a blank picture {outside[0]:g}, and a card's function "
+                "scores from 0 to 1. Scale it, or write it as [[rewards]], a sum, which may give any finite number."
+            )
+
+
+def _tried(term: _Term, rows: Sequence[PromptRow], size: tuple[int, int]) -> np.ndarray:
+    """(2,) scores of two blank pictures; zeros for a shipped reward, which is not called."""
+    from PIL import Image
+
+    if ":" not in term.settings.reward:
+        return np.zeros(2)
+    reward, asked = _of_file(term), [rows[0], rows[-1]]
+    images = [Image.new("RGB", size, "gray") for _ in asked]
+    try:
+        given = reward(images, [row.prompt for row in asked], [dict(row.metadata) for row in asked])
+        scores = _scores(term.settings.reward, given, len(images))
+    except Exception as error:  # whatever the user's code raises
+        raise UserError(
+            f"{term.place}: {term.settings.reward!r} was tried on two blank pictures of {size[0]} x {size[1]} pixels "
+            f"and cannot score them: {type(error).__name__}: {error}{_line_in(term, error)} Correct it: it takes "
+            "(images, prompts, metadata) and gives one number for each picture."
+        ) from error
+    wrong = scores[~np.isfinite(scores)]
+    if len(wrong):
+        raise UserError(
+            f"{term.place}: {term.settings.reward!r} scored a blank picture {wrong[0]}, and scores "
+            "must be finite. Correct it, or give such pictures a score of their own."
+        )
+    return scores
+
+
+def _line_in(term: _Term, error: Exception) -> str:
+    """' (file:line).' of the last line of the term's own file that an error went through, '.' where there is none."""
+    file = (term.folder / term.settings.reward.rpartition(":")[0]).resolve()
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == file]
+    return f" ({file}:{lines[-1]})." if lines else "."
 
 
 def reward_hashes(recipe: TeachRecipe) -> dict[str, str]:

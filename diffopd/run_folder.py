@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from diffopd import __version__
+from diffopd.disk import writing
 from diffopd.errors import UserError
 from diffopd.recipe import Recipe, from_resolved
 from diffopd.settings import Source
@@ -39,6 +40,9 @@ LOCK = ".lock"  # of the process at work here; one that was killed leaves it beh
 # What may lie in the folder before its run: a task made from pictures, and what is found out before the first update.
 PREPARED = {LOCK, "task", "teacher-check.png", "teacher-check.json", "cost.json"}
 BEGUN = ("recipe.toml", "recipe.json")
+# What a start besides leaves that failed in its first update: made anew by the next one.
+STARTED = (*BEGUN, "metrics.jsonl", "looks", "tensorboard")
+NOTHING = "Nothing was written."
 SCHEDULE = {"train.max_train_steps", "train.max_train_seconds"}  # a cosine falls towards them: fixed under it
 
 
@@ -111,7 +115,8 @@ class RunFolder:
 
     def append_metrics(self, row: dict[str, Any]) -> None:
         """One more row of metrics.jsonl."""
-        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        path = self.path / "metrics.jsonl"
+        with writing(path, self.kept()), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -128,6 +133,13 @@ class RunFolder:
         found = [path for path in self.path.glob("checkpoint-*") if CHECKPOINT.fullmatch(path.name)]
         return max(found, key=_update_of, default=None)
 
+    def kept(self) -> str:
+        """What of a run is on the disk, a sentence for whoever sees it end before its end."""
+        latest = self.latest_checkpoint()
+        if latest:
+            return f"{latest} is whole, and the same command goes on from it."
+        return f"{self.path} has no checkpoint yet; the same command begins anew." if self.path.exists() else NOTHING
+
     def recipe(self) -> Recipe:
         """The recipe as it was resolved when the run was made or taken up. Raises UserError for a run of teach."""
         stored, text = self._stored(), (self.path / "recipe.toml").read_text(encoding="utf-8")
@@ -137,6 +149,12 @@ class RunFolder:
                 "weights are in its last checkpoint; name the teacher in a recipe and distill it."
             )
         return from_resolved(stored["recipe"], Source(Path(stored["source"]), text, {}))
+
+    def refuse_untrained(self) -> None:
+        """Raise UserError for a run without a student: one that has no checkpoint yet, or one of teach."""
+        self.recipe()
+        if self.latest_checkpoint() is None:
+            raise UserError(f"{self.path}: has no checkpoint yet. Train it first: `diffopd distill` or `tune`.")
 
     def finish(self) -> None:
         """Note that the run, as its recipe and checkpoint stand now, is trained, evaluated, exported and reported."""
@@ -201,7 +219,7 @@ class RunFolder:
 
     def _forget_rows_after(self, checkpoint: Path | None) -> None:
         """Drop metrics of updates that are about to be done again, and the note on why the run stopped."""
-        last, rows = _update_of(checkpoint) if checkpoint else 0, self.metrics()
+        last, rows = _update_of(checkpoint) if checkpoint else -1, self.metrics()
         kept = [row for row in rows if row.get("update", 0) <= last and row.get("kind") != "stop"]
         if (self.path / "metrics.jsonl").is_file():
             self.write("metrics.jsonl", "".join(json.dumps(row) + "\n" for row in kept))
@@ -215,8 +233,10 @@ def _json(text: str, place: str, remedy: str) -> Any:
 
 
 def has_begun(path: Path) -> bool:
-    """Whether a folder holds a run that was not stopped before its first update."""
-    return (path / "recipe.json").is_file() and not _is_free(path, *BEGUN)
+    """Whether a folder holds a run that has finished an update; without one there is nothing to go on from."""
+    if not (path / "recipe.json").is_file():
+        return False
+    return not _is_free(path, *STARTED) or any(row.get("update", 0) > 0 for row in RunFolder(path).metrics())
 
 
 def _is_free(path: Path, *besides: str) -> bool:
@@ -228,13 +248,22 @@ def _update_of(checkpoint: Path) -> int:
 
 
 def atomic_write(path: Path, content: str | bytes) -> Path:
-    """Write a file under a temporary name, flush it to disk, rename it: whole or not at all."""
+    """Write a file under a temporary name, flush it to disk, rename it: whole or not at all.
+
+    Raises UserError where the disk does not take it.
+    """
+    data = content.encode("utf-8") if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}.partial")
-    with temporary.open("wb") as file:
-        file.write(content.encode("utf-8") if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)
+    try:
+        with writing(path):
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.rename(path)
+    except UserError:
+        temporary.unlink(missing_ok=True)
+        raise
     return path
 
 

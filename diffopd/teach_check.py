@@ -6,12 +6,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from diffopd.buckets import called_size
 from diffopd.data import PromptRow, read_prompts
 from diffopd.errors import UserError
 from diffopd.grid import draws_noise, make_scheduler
-from diffopd.plan import make_plan, readable
+from diffopd.plan import make_plan, process_facts, readable
 from diffopd.preflight import Parts, check
-from diffopd.reward import check_card_reward, check_reward, picture_function, reward_hashes, terms_of
+from diffopd.reward import (
+    check_card_reward,
+    check_reward,
+    picture_function,
+    reward_hashes,
+    terms_of,
+    try_card_reward,
+    try_reward,
+)
 from diffopd.reward_watch import watched_cards
 from diffopd.teach_recipe import POLICY_GRADIENT, TeachRecipe
 
@@ -55,6 +64,18 @@ def check_teach(recipe: TeachRecipe, *, hash_weights: bool = False) -> TeachPart
     return TeachParts(recipe, parts, rows, list(dict.fromkeys(missing)), hashes)
 
 
+def try_teach_rewards(found: TeachParts) -> None:
+    """Call each function that teaches or scores once, on blank pictures. As `preflight.try_rewards`."""
+    recipe, base = found.recipe, found.parts.base
+    if base.is_video:
+        return
+    size = called_size(recipe.student.call, base)
+    if not recipe.is_supervised:
+        try_reward(recipe, found.rows, size)
+    for scored in (recipe.card, *watched_cards(recipe)):
+        try_card_reward(scored, read_prompts(scored.prompts.test), size)
+
+
 def _task_hashes(recipe: TeachRecipe) -> dict[str, str]:
     card = recipe.card
     return {f"{card.name}: {what}": digest for what, digest in card.task_hashes().items()} | reward_hashes(recipe)
@@ -93,7 +114,7 @@ def _check_files(recipe: TeachRecipe, rows: list[PromptRow]) -> None:
             )
 
 
-def render_teach(found: TeachParts) -> RenderableType:
+def render_teach(found: TeachParts, processes: int = 1) -> RenderableType:
     """The plan as a person reads it."""
     from rich.console import Group
     from rich.table import Table
@@ -103,12 +124,12 @@ def render_teach(found: TeachParts) -> RenderableType:
     facts = Table(box=None, show_header=False, pad_edge=False)
     facts.add_column(style="bold", no_wrap=True)
     facts.add_column()
-    for name, value in _facts(found):
+    for name, value in _facts(found, processes):
         facts.add_row(name, value)
     return Group(Text(f"Plan of teaching {recipe.card.name} ({recipe.path})", "bold"), facts)
 
 
-def _facts(found: TeachParts) -> list[tuple[str, str]]:
+def _facts(found: TeachParts, processes: int) -> list[tuple[str, str]]:
     recipe = found.recipe
     plan, train, sampling = make_plan(found.parts), recipe.train, recipe.sampling
     student, estimator = recipe.student, recipe.estimator
@@ -136,6 +157,7 @@ def _facts(found: TeachParts) -> list[tuple[str, str]]:
         ("watched", ", ".join(["reward", *recipe.watch, "drift", "diversity"]) if train.validate_every else "nothing"),
         ("ends after", " or ".join(ends)),
         ("memory", f"{readable(sum(plan.memory.values()))} in float32, without the old policy and rewards"),
+        *process_facts(processes),
         ("output_dir", recipe.output_dir),
     ]
     return lines + ([("to install", f"{', '.join(found.missing)}: a reward needs it")] if found.missing else [])

@@ -81,3 +81,4 @@ class TeachLog(TrainingLog):
             images=self._progress.images,
             **per_teacher,
         )
+        self._say("held-out " + " ".join(f"{name} {value:.4f}" for name, value in per_teacher.items()))

@@ -226,8 +226,9 @@ def reward_files(terms: list[RewardSettings]) -> list[str]:
 def load_reward(spec: str, folder: Path) -> Reward:
     """The function of "file.py:function", the file taken from `folder`.
 
-    A reward takes (images: list of B PIL images, prompts: B strings, metadata: B dicts) and returns B floats
-    in [0, 1]. Raises UserError for a missing file, one that does not import, or a missing function.
+    A reward takes (images: list of B PIL images, prompts: B strings, metadata: B dicts) and returns B finite
+    floats: in [0, 1] where it alone scores a card's task, else any (a term of a sum, a reward that teaches).
+    Raises UserError for a missing file, one that does not import, or a missing function.
     """
     file, _, name = spec.rpartition(":")
     path = (folder / file).resolve()
@@ -250,7 +251,7 @@ def _import_file(path: Path, spec: str) -> Any:
     sys.modules[name] = module
     try:
         module_spec.loader.exec_module(module)
-    except (ImportError, SyntaxError, NameError, AttributeError, TypeError, ValueError, OSError) as error:
+    except Exception as error:  # whatever the user's code raises
         del sys.modules[name]
         raise UserError(f"reward {spec!r}: {path} cannot be imported: {type(error).__name__}: {error}") from error
     return module

@@ -1,8 +1,10 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import tiny
@@ -144,6 +146,11 @@ BAD_INPUT = {
         "the card says 000000000000",
     ),
     "missing reward": (lambda p: (p / "dots/reward.py").unlink(), "dots/reward.py", "there is no file"),
+    "a reward that fails": (
+        lambda p: replace(p / "dots/reward.py", "return [", "return metadata[0]['word'] + ["),
+        "dots/teacher.toml:8",
+        "KeyError: 'word' ({place}/dots/reward.py:6).",
+    ),
     "another run in the folder": (lambda p: hold_run(p, "seed=9"), "/run", "seed was 9, is 3"),
     "a run of more processes": (lambda p: hold_run(p, processes=2), "/run", "resume it with --processes 2"),
     "a run of other prompts": (hold_run_with_other_prompts, "/run", "dots: train prompts is not what this run began"),
@@ -191,9 +198,47 @@ def test_bad_input_ends_with_code_2_names_the_place_and_writes_nothing(place, mo
     before = {path: path.read_bytes() for path in place.rglob("*") if path.is_file()}
     result = command("distill", place / "tiny.toml")
     assert result.exit_code == 2, result.output
-    assert where in result.stderr and reason in result.stderr and "Traceback" not in result.output
+    assert where in result.stderr and reason.replace("{place}", str(place)) in result.stderr
+    assert "Traceback" not in result.output
     after = {path: path.read_bytes() for path in place.rglob("*") if path.is_file() and path.suffix != ".pyc"}
     assert after == before
+
+
+@pytest.mark.parametrize("name", ["recipe.read_recipe", "preflight.check", "distill.assemble"])
+def test_ctrl_c_before_the_first_update_is_told_in_one_line_with_what_was_written(place, monkeypatch, name):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
+    monkeypatch.setattr(f"diffopd.{name}", lambda *args, **options: signal.raise_signal(signal.SIGINT))
+    result = command("distill", place / "tiny.toml")
+    signal.signal(signal.SIGINT, before)
+    begun = name == "distill.assemble"
+    stands = f"{place}/run has no checkpoint yet; the same command begins anew." if begun else "Nothing was written."
+    assert result.exit_code == 130 and result.output == f"\nInterrupted. {stands}\n"
+    assert (place / "run").exists() == begun
+
+
+def test_a_ctrl_c_that_falls_into_a_callback_is_not_lost(place, monkeypatch):
+    class Callback:
+        def __del__(self):
+            signal.raise_signal(signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    monkeypatch.setattr("diffopd.preflight.check", lambda *_, **__: [Callback() and None, time.sleep(20)])
+    result = command("distill", place / "tiny.toml")
+    signal.signal(signal.SIGINT, before)
+    assert result.exit_code == 130 and result.output == "\nInterrupted. Nothing was written.\n"
+
+
+def test_a_full_disk_anywhere_in_a_run_is_told_with_what_of_it_stands(place, monkeypatch):
+    def fill(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("diffopd.distill.assemble", fill)
+    result = command("distill", place / "tiny.toml")
+    run = place / "run"
+    assert result.exit_code == 2 and result.stderr == (
+        f"Error: {run}: the disk takes no more (No space left on device). Make room on it. "
+        f"{run} has no checkpoint yet; the same command begins anew.\n"
+    )
 
 
 @pytest.mark.parametrize("name", ["evaluate", "export", "report"])
@@ -202,9 +247,22 @@ def test_a_folder_that_holds_no_run_is_refused(tmp_path, name):
     assert result.exit_code == 2 and "is not a run folder" in result.stderr
 
 
+@pytest.mark.parametrize("name", ["evaluate", "export"])
+def test_a_run_without_checkpoint_is_refused_before_anything_is_loaded(tmp_path, monkeypatch, name):
+    (tmp_path / "r.toml").write_text(
+        'name = "r"\n[student]\npretrained_model_name_or_path = "emoji"\n[[teachers]]\nname = "text"\n'
+        "[train]\nmax_train_steps = 4\n"
+    )
+    RunFolder.create(tmp_path / "run", read_recipe(tmp_path / "r.toml"), {})
+    monkeypatch.setattr("diffopd.cli._quiet_libraries", None)  # the first to import any
+    result = command(name, tmp_path / "run")
+    assert result.exit_code == 2 and f"{tmp_path}/run: has no checkpoint yet. Train it first" in result.stderr
+
+
 def test_a_dry_run_prints_the_plan_and_writes_nothing(place):
-    result = command("distill", place / "tiny.toml", "--dry-run", "--set", "objective.substeps=5")
+    result = command("distill", place / "tiny.toml", "--dry-run", "--set", "objective.substeps=5", "--processes", 4000)
     assert result.exit_code == 0, result.output
+    assert "they slow each other down" in result.output
     assert "5 substeps" in result.output and "999 499" in result.output and not (place / "run").exists()
 
 

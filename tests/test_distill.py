@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
+from limits import largest_file
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
@@ -266,19 +267,22 @@ def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tiny_recipe, tmp_pat
     assert flushed[-1] == (tmp_path, True)
 
 
-def test_a_checkpoint_that_could_not_be_written_is_not_there(tiny_recipe, tmp_path, monkeypatch):
+@pytest.mark.parametrize("part", ["tensors", "counters"])
+def test_a_checkpoint_that_the_disk_does_not_take_is_not_there_and_the_one_before_it_is_named(
+    tiny_recipe, tmp_path, monkeypatch, part
+):
     _, trained = prepared(recipe_with(tiny_recipe))
-
-    def full_disk(*args, **options):
-        raise OSError("No space left on device")
-
-    with monkeypatch.context() as broken:
-        broken.setattr(checkpoint, "save_deployable", full_disk)
-        with pytest.raises(OSError, match="space"):
-            checkpoint.save_checkpoint(tmp_path / "checkpoint-0", trained)
-    assert not list(tmp_path.glob("checkpoint-*"))
     checkpoint.save_checkpoint(tmp_path / "checkpoint-0", trained)
-    checkpoint.load_checkpoint(tmp_path / "checkpoint-0", trained)
+    with monkeypatch.context() as fuller, largest_file(4096 if part == "tensors" else 64):
+        if part == "counters":
+            fuller.setattr(checkpoint, "save_file", lambda *args: None)
+        with pytest.raises(UserError) as caught:
+            checkpoint.save_checkpoint(tmp_path / "checkpoint-1", trained)
+    kept = f"Make room on that disk. {tmp_path}/checkpoint-0 is whole, and the same command goes on from it."
+    assert str(caught.value) == f"{tmp_path}/checkpoint-1 could not be written (File too large). {kept}"
+    assert [path.name for path in tmp_path.glob("*checkpoint-*")] == ["checkpoint-0"]
+    checkpoint.save_checkpoint(tmp_path / "checkpoint-1", trained)
+    checkpoint.load_checkpoint(tmp_path / "checkpoint-1", trained)
 
 
 def test_weights_are_as_readable_as_the_files_beside_them(tiny_recipe, tmp_path):

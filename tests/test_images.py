@@ -289,6 +289,8 @@ def test_what_would_be_passed_over_is_refused(folder, tmp_path):
     (folder / "phone.HEIC").write_bytes(b"x")
     assert ".HEIC pictures are not read" in refusal(folder)
     assert "there is no such folder" in refusal(tmp_path / "nowhere")
+    (tmp_path / "notes.md").write_text("x")
+    assert "notes.md: is a file, not a folder. Give a folder of pictures" in refusal(tmp_path / "notes.md")
     assert f"Pictures are in {folder}" in refusal(tmp_path)
 
 

@@ -119,3 +119,36 @@ def test_a_file_of_a_hub_repository_is_downloaded_alone(tmp_path, monkeypatch):
 def test_a_folder_without_a_pipeline_is_refused(tmp_path):
     with pytest.raises(UserError, match="model_index.json"):
         find_pipeline(str(tmp_path))
+
+
+def test_a_teachers_name_is_told_from_a_recipes(shelf):
+    with pytest.raises(
+        UserError, match=r'"style" is a teacher, .*Known recipes: text, together\. .*diffopd teach style'
+    ):
+        find_recipe("style")
+
+
+@pytest.mark.parametrize("find", [find_recipe, locate.find_tune_recipe])
+def test_a_file_of_another_kind_is_no_recipe(tmp_path, monkeypatch, find):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "README.md").write_text("# Title")
+    for name in ("README.md", "./README.md", str(tmp_path / "README.md")):
+        with pytest.raises(UserError, match=r"README.md is not a recipe: a recipe is a \.toml file"):
+            find(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("./shelf", 'shelf: is not a teacher folder, it has no teacher.toml. Did you mean ".*/shelf/dots"'),
+        ("./plain", r"plain: is not a teacher folder, it has no teacher.toml\. A teacher is a folder with"),
+        ("./gone", r"gone: there is no such folder\. A teacher is a folder with"),
+        ("./shelf/dots/teacher.toml", "teacher.toml: is a file. Name the teacher's folder"),
+    ],
+)
+def test_what_is_no_teachers_folder_is_refused_with_what_it_is(tmp_path, name, words):
+    (tmp_path / "shelf" / "dots").mkdir(parents=True)
+    (tmp_path / "shelf" / "dots" / "teacher.toml").write_text("")
+    (tmp_path / "plain").mkdir()
+    with pytest.raises(UserError, match=words):
+        find_teacher(name, tmp_path)

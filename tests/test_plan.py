@@ -8,7 +8,7 @@ from rich.console import Console
 from diffopd.blueprint import num_values
 from diffopd.errors import UserError
 from diffopd.load import load_pipeline
-from diffopd.plan import make_plan, readable, render
+from diffopd.plan import make_plan, process_facts, readable, render
 from diffopd.preflight import check
 from diffopd.recipe import read_recipe
 from diffopd.rehearsal import CLIP_TOKENS
@@ -225,3 +225,18 @@ def test_held_out_prompts_that_evaluation_scores_as_well_are_told(tiny_recipe):
     assert f"{checked}; some are scored by evaluation, too, as dots has 2, lines has 2 in all" in few
     enough = told("train.validate_every=5", "train.batch_size=1", "evaluate.num_prompts=1")
     assert checked in enough and "scored by evaluation" not in enough
+
+
+@pytest.mark.parametrize(
+    ("processes", "device", "said"),
+    [
+        (1, "cpu", []),
+        (2, "cpu", [("processes", "2")]),
+        (3, "cpu", [("processes", "3 on 2 cores: they slow each other down, take at most 2 here")]),
+        (3, "cuda", [("processes", "3")]),
+    ],
+)
+def test_more_processes_than_cores_are_remarked(monkeypatch, processes, device, said):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 5}, raising=False)
+    monkeypatch.setattr("diffopd.processes.default_device", lambda: device)
+    assert process_facts(processes) == said

@@ -101,7 +101,9 @@ def score_rows() -> list[dict]:
 
 def add_scores(run: RunFolder) -> None:
     (run.path / "evaluation").mkdir()
-    run.write("evaluation/scores.json", json.dumps({"settings": {}, "rows": score_rows()}))
+    run.write(
+        "evaluation/scores.json", json.dumps({"settings": {"guidance_scales": [4.0, 1.0, 2.0]}, "rows": score_rows()})
+    )
 
 
 def add_pictures(run: RunFolder) -> None:
@@ -146,9 +148,40 @@ def test_the_head_says_what_was_run(full_run):
     assert "two-in-one" in words and "in 30 updates and 1 min 30 s" in words
     assert "from dots and lines in" in words and "It stopped because it reached max_train_steps = 30." in words
     assert "LoRA, rank 8" in words and "2 steps, guidance 1" in words
-    assert "dots lora 20 2.5 1 0000000000000000…" in words, "the card's guidance"
-    assert "lines lora 20 1 3 1111111111111111…" in words, "the recipe's guidance goes before the card's"
+    assert "8 pictures a process and teacher an update, learning rate" in words
+    assert "dots lora 20 2.5 25.0 % 0000000000000000…" in words, "the card's guidance"
+    assert "lines lora 20 1 75.0 % 1111111111111111…" in words, "the recipe's guidance goes before the card's"
     assert f"torch {full_run.versions()['torch']}" in words
+
+
+@pytest.mark.parametrize(
+    ("draws", "said", "share"),
+    [
+        ("round_robin", "8 pictures a process an update, teachers in turn, learning", "2.5 0000"),
+        ("3", "8 pictures a process for each of the 3 teachers drawn an update, learning", "2.5 25.0 % 0000"),
+    ],
+)
+def test_an_update_is_told_as_its_tasks_are_drawn_and_shares_only_where_weights_count(
+    tmp_path, run, draws, said, share
+):
+    weights = ["teachers.1.weight=1.0"] if draws == "round_robin" else []
+    settings = [f"train.tasks_per_update={draws}", "train.batch_size=8", *weights]
+    recipe = read_recipe(tmp_path / "recipe.toml", [f'output_dir="{run.path}"', *settings])
+    words = words_of(page_of(RunFolder.create(tmp_path / "run", recipe, run.hashes())))
+    assert said in words and share in words and ("Share" in words) == (draws == "3")
+
+
+def test_the_grid_says_at_which_steps_and_guidance_each_model_drew(full_run):
+    words = words_of(page_of(full_run))
+    assert words.count("base: 20 steps, guidance 4; teacher: 20 steps, guidance 2.5; student: 2 steps, guidance 1") == 2
+
+
+def test_a_damaged_file_of_scores_is_said_with_how_to_make_it_again(full_run):
+    file = full_run.path / "evaluation/scores.json"
+    file.write_text(file.read_text()[:99])
+    words = words_of(page_of(full_run))
+    assert "evaluation/scores.json is damaged: diffopd evaluate with this folder makes it again" in words
+    assert "Not evaluated yet" not in words
 
 
 def test_the_score_table_shows_every_row_and_marks_the_best_guidance_of_the_base(full_run):
@@ -271,7 +304,7 @@ def test_pictures_of_a_tall_grid_can_still_be_seen(run):
 def test_teachers_that_have_moved_are_told_from_the_run_itself(full_run):
     for name in TASKS:
         (full_run.path.parent / name / "teacher.toml").unlink()
-    assert "dots 20 2.5 1 0000000000000000…" in words_of(page_of(full_run))
+    assert "dots 20 2.5 25.0 % 0000000000000000…" in words_of(page_of(full_run))
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):

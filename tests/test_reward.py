@@ -10,7 +10,7 @@ from PIL import Image
 
 from diffopd.data import PromptRow
 from diffopd.errors import UserError
-from diffopd.reward import WeightedSum, check_reward, reward_hashes, reward_of
+from diffopd.reward import WeightedSum, check_reward, reward_hashes, reward_of, try_card_reward, try_reward
 from diffopd.rewards.pixels import Sharpness
 from diffopd.sampling import score
 from diffopd.teach import assemble_run
@@ -83,3 +83,51 @@ def test_scores_that_are_not_one_finite_number_a_picture_are_refused(given, word
     assert torch.equal(
         score(lambda *_: np.array([[1], [2]]), IMAGES, [PromptRow("a")] * 2), torch.tensor([1.0, 2.0]).double()
     )
+
+
+BROKEN = {
+    "raises": ("raise RuntimeError('no such font')", r"RuntimeError: no such font \(.*/reward.py:5\)\."),
+    "wants what no row has": ("return [row['word'] for row in metadata]", r"KeyError: 'word' \(.*/reward.py:5\)\."),
+    "one for all": ("return 0.5", "gave one number for 2 pictures"),
+    "too few": ("return [0.5]", "gave 1 scores for 2 pictures"),
+    "no numbers": ("return [None] * len(images)", "gave list for 2 pictures, not a list of one number for each"),
+    "nothing": ("pass", "gave NoneType for 2 pictures"),
+    "not finite": ("return [0.5, float('nan')]", "scored a blank picture nan, and scores must be finite"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_function_that_cannot_score_is_found_out_on_blank_pictures_with_its_file(recipe_with, case):
+    code, words = BROKEN[case]
+    card = recipe_with("").card
+    (card.folder / "reward.py").write_text(f'"""Mine."""\n\n\ndef brightness(images, prompts, metadata):\n    {code}\n')
+    with pytest.raises(UserError, match=words) as caught:
+        try_card_reward(card, [PromptRow("a dot")], (16, 16))
+    assert str(caught.value).startswith(f"{card.path}:") and "'reward.py:brightness'" in str(caught.value)
+    with pytest.raises(UserError, match=f"teach.toml:1: 'reward.py:brightness' .*{words}"):
+        recipe = recipe_with('rewards = [{reward = "reward.py:brightness"}]')
+        try_reward(recipe, [PromptRow("a dot")], (16, 16))
+
+
+def test_functions_are_tried_with_real_rows_at_the_size_that_is_drawn(recipe_with):
+    recipe = recipe_with('rewards = [{reward = "reward.py:seen"}, {reward = "aesthetic"}]')
+    (recipe.card.folder / "reward.py").write_text(
+        "TOLD = []\n\ndef seen(*told):\n    TOLD.append(told)\n    return [-3, 9]\n"
+    )
+    try_reward(recipe, [PromptRow("a", {"n": 1}), PromptRow("b", {"n": 2}), PromptRow("c", {"n": 3})], (24, 16))
+    module = next(m for name, m in sys.modules.items() if "reward_reward" in name and "TOLD" in vars(m))
+    [(images, prompts, metadata)] = module.TOLD
+    assert [image.size for image in images] == [(24, 16)] * 2
+    assert (prompts, metadata) == (["a", "c"], [{"n": 1}, {"n": 3}]), "shipped ones, which load networks, are left out"
+
+
+@pytest.mark.parametrize("score", [-0.1, 1.5])
+def test_what_alone_scores_a_task_keeps_to_0_and_1_and_a_reward_need_not(recipe_with, score):
+    recipe = recipe_with("")
+    file = recipe.card.folder / "reward.py"
+    file.write_text(f"def brightness(images, prompts, metadata):\n    return [0.5, {score}]\n")
+    with pytest.raises(UserError, match=rf"scored a blank picture {score}, and a card's function scores from 0 to 1"):
+        try_card_reward(recipe.card, [PromptRow("a")], (8, 8))
+    text = recipe.card.path.read_text().replace('reward = "reward.py:brightness"', "")
+    recipe.card.path.write_text(text + '[[rewards]]\nreward = "reward.py:brightness"\n')
+    try_card_reward(recipe_with("").card, [PromptRow("a")], (8, 8))

@@ -1,6 +1,7 @@
 import json
 
 import pytest
+from limits import largest_file
 
 from diffopd.errors import UserError
 from diffopd.recipe import read_recipe
@@ -87,6 +88,20 @@ def test_a_folder_in_which_nothing_was_trained_is_taken_by_what_is_asked_next(re
     mended = {"text/lora.safetensors": "b" * 64}
     folder = RunFolder.create(tmp_path / "run", recipe, mended)
     assert json.loads((folder.path / "recipe.json").read_text())["hashes"] == mended
+
+
+def test_a_start_that_failed_in_its_first_update_leaves_nothing_in_the_way(recipe_file, tmp_path):
+    """Its weights were not numbers, or its reward failed: mended, it may have the same folder."""
+    folder = RunFolder.create(tmp_path / "run", read_recipe(recipe_file), HASHES)
+    for kind in ("begin", "held_out"):
+        folder.append_metrics({"kind": kind, "update": 0})
+    for name in ("looks", "tensorboard"):
+        (folder.path / name).mkdir()
+    RunFolder.create(folder.path, read_recipe(recipe_file, ["seed=7"]), {})
+    assert folder.metrics() == [] and folder.recipe().seed == 7
+    folder.append_metrics({"kind": "update", "update": 1})
+    with pytest.raises(UserError, match="seed was 7, is 0"):
+        RunFolder.create(folder.path, read_recipe(recipe_file), {})
 
 
 def test_checking_a_folder_writes_nothing(recipe_file, tmp_path):
@@ -179,3 +194,19 @@ def test_an_atomic_write_that_fails_leaves_the_old_file(tmp_path):
     with pytest.raises(UnicodeEncodeError):
         atomic_write(path, "\ud800")
     assert path.read_text() == "old"
+
+
+@pytest.mark.parametrize("name", ["report.html", "metrics.jsonl"])
+def test_a_file_that_the_disk_does_not_take_is_named_and_the_old_one_stays(recipe_file, tmp_path, name):
+    folder = begun(tmp_path / "run", read_recipe(recipe_file), HASHES)
+    folder.write("report.html", "old")
+    (folder.path / "checkpoint-1").mkdir()
+    before = contents(folder.path)
+    with largest_file(100), pytest.raises(UserError) as caught:
+        folder.write(name, "x" * 200) if name == "report.html" else folder.append_metrics({"kind": "x" * 200})
+    after = contents(folder.path)
+    assert str(caught.value).startswith(
+        f"{folder.path / name} could not be written (File too large). Make room on that"
+    )
+    assert set(after) == set(before) and after[folder.path / "report.html"] == b"old"
+    assert folder.metrics() == [{"kind": "update", "update": 1}]

@@ -361,6 +361,20 @@ def test_a_run_of_teach_is_told_from_one_of_distill(folder):
     assert shown.exit_code == 2 and "is a run of `diffopd teach`" in " ".join(shown.output.split())
 
 
+@pytest.mark.parametrize("name", ["itself", "watched"])
+def test_a_reward_that_fails_is_told_before_a_weight_is_loaded(folder, tiny_sd, name, monkeypatch):
+    monkeypatch.setattr("diffopd.assemble.load_pipeline", None)  # whoever loads weights would fail otherwise
+    write(folder)
+    watched = tiny.write_teacher(folder.parent / "watched", tiny_sd)
+    broken = watched if name == "watched" else folder
+    (broken / "reward.py").write_text("def brightness(images, prompts, metadata):\n    return 1 / 0\n")
+    command_line = folder, "--output-dir", folder.parent / "run", "--set", f'watch=["{watched}"]'
+    assert command(*command_line, "--dry-run").exit_code == 0
+    refused = command(*command_line)
+    assert refused.exit_code == 2 and f"ZeroDivisionError: division by zero ({broken}/reward.py:2)." in refused.stderr
+    assert not (folder.parent / "run").exists()
+
+
 IN_PROPORTION = ["train.adam_epsilon=1.0", "train.learning_rate=10.0"]  # updates in proportion to the gradient
 
 

@@ -114,6 +114,7 @@ def test_a_reward_is_loaded_by_path_and_scores(folder):
         ("mine.py:scroe", "def score(i, p, m): ...", 'Did you mean "score"?'),
         ("bad.py:f", "import no_such_module_anywhere", "ModuleNotFoundError"),
         ("worse.py:f", "def f(:", "SyntaxError"),
+        ("absent.py:f", "{}['font']", "KeyError"),
     ],
 )
 def test_bad_rewards_are_refused_with_the_reason(folder, spec, code, reason):
