@@ -3,6 +3,7 @@
 import json
 import time
 from copy import deepcopy
+from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
@@ -16,11 +17,24 @@ from world_data import (
     draw_pictures,
     save_sheet,
 )
+from world_looks import Group, draw_group, find_objects, plain_drawings, render
 from world_models import (
+    ROOT,
     build_vae,
     world,
 )
-from world_training import Device, Output, cosine, log_row, save_state, set_rate, update_average
+from world_training import (
+    Device,
+    Output,
+    Workers,
+    cosine,
+    drawn_ahead,
+    log_row,
+    prepare,
+    save_state,
+    set_rate,
+    update_average,
+)
 
 
 def vae_loss(vae: torch.nn.Module, pictures: torch.Tensor) -> torch.Tensor:
@@ -89,6 +103,93 @@ def vae(
             save_state(output / "vae.pt", {"model": average.state_dict(), "figures": figures})
             total = 0.0
     finish_vae(average, output)
+
+
+GROUPS, OF_A_GROUP, OF_THE_WORLD = 4, 3, 4  # pictures of an update of `widen`
+
+
+def widen(
+    output: Output,
+    drawings: Annotated[Path, typer.Option(help="folder of the unpacked packages, as for world_image.py")],
+    seconds: Annotated[
+        float, typer.Option(help="processor time of the whole training, resumed parts included")
+    ] = 4000.0,
+    resume: Annotated[bool, typer.Option(help="go on from <output>/wide.pt")] = False,
+    learning_rate: float = 1e-3,
+    begin_from: Annotated[Path, typer.Option(help="the autoencoder")] = ROOT / "pipelines" / "emoji" / "vae",
+    device: Device = "cpu",
+    workers: Workers = 0,
+) -> None:
+    """Trains an autoencoder on, with drawings in changed looks and other objects, so that it holds what is new."""
+    from diffusers import AutoencoderKL
+
+    place = prepare(device)
+    output.mkdir(parents=True, exist_ok=True)
+    model = AutoencoderKL.from_pretrained(begin_from, torch_dtype=torch.float32).to(place)
+    average = deepcopy(model).requires_grad_(False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=1e-4)
+    update, spent, total, objects = 0, 0.0, 0.0, find_objects(drawings)
+    if resume:
+        state = torch.load(output / "wide.pt", weights_only=True, map_location="cpu")
+        update, spent = state["update"], state["seconds"]
+        for part, key in ((model, "model"), (average, "average"), (optimizer, "optimizer")):
+            part.load_state_dict(state[key])
+
+    def draw(number: int) -> Group:
+        return draw_group(OF_A_GROUP, np.random.default_rng([24, number]), objects)
+
+    def kept() -> None:
+        parts = {"model": model, "average": average, "optimizer": optimizer}
+        state = {key: part.state_dict() for key, part in parts.items()}
+        save_state(output / "wide.pt", state | {"update": update, "seconds": spent})
+
+    with drawn_ahead(draw, GROUPS * update, workers) as groups:
+        last = time.process_time()
+        while spent < seconds:
+            set_rate(optimizer, learning_rate * min(1, (update + 1) / 50) * cosine(spent / seconds))
+            changed = as_pictures(np.concatenate([group.pictures for group in islice(groups, GROUPS)]))
+            pictures = torch.cat([changed, draw_pictures(OF_THE_WORLD, np.random.default_rng([25, update]))])
+            loss = vae_loss(model, pictures.to(place))
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            update += 1
+            update_average(list(average.parameters()), list(model.parameters()), min(0.998, update / (update + 10)))
+            total += float(loss.detach())
+            spent, last = spent + time.process_time() - last, time.process_time()
+            if update % 250 == 0:
+                kept()
+                figures = measure_unseen(average.cpu(), output)
+                average.to(place)
+                log_row(output, "wide", update=update, seconds=spent, loss=total / 250, **figures)
+                total, last = 0.0, time.process_time()
+    kept()
+    average.cpu()
+    log_row(output, "wide", final=True, update=update, **measure_unseen(average, output))
+    finish_vae(average, output)
+
+
+def as_pictures(pixels: np.ndarray) -> torch.Tensor:
+    """(B, 48, 48, 3) uint8 -> (B, 3, 48, 48) in [-1, 1]."""
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+@torch.no_grad()
+def measure_unseen(vae: torch.nn.Module, output: Path, count: int = 36) -> dict[str, float]:
+    """PSNR of a round trip of Fluent 3D, which no training sees, and of a seen manner; writes a sheet."""
+    result, sheet = {}, []
+    for name, drawn in (("unseen", plain_drawings("atlas_3d.png")), ("seen", plain_drawings())):
+        rng, things = np.random.default_rng(3), list(drawn)
+        scenes = [world.sample_scene("style", rng) | {"thing": things[n % len(things)]} for n in range(count)]
+        pixels = np.stack([render(scene, drawn) for scene in scenes])
+        decoded = vae.decode(vae.encode(as_pictures(pixels)).latent_dist.mean).sample.clamp(-1, 1)
+        errors = ((decoded - as_pictures(pixels)) / 2).square().mean((1, 2, 3))
+        result[name] = float((-10 * errors.log10()).mean())
+        again = ((decoded + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+        sheet += [np.concatenate(list(pixels[:12]), 1), np.concatenate(list(again[:12]), 1)]
+    save_sheet(np.concatenate(sheet), output / "unseen.png")
+    return result
 
 
 @torch.no_grad()
