@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -110,20 +111,33 @@ def flush(path: Path) -> None:
 
 
 def load_checkpoint(folder: Path, trained: Trained) -> None:
-    """Put a checkpoint's state back. Raises UserError when it does not fit the student that is being trained."""
+    """Put a checkpoint's state back.
+
+    Raises UserError when it does not fit the student that is being trained, and for a file that is damaged or gone.
+    """
     state = folder / "state"
-    _fill(trained.parameters, load_file(state / "parameters.safetensors"), folder)
+    _fill(trained.parameters, _read(state / "parameters.safetensors"), folder)
     for name, average in (("average", trained.average), ("self_teacher", trained.self_teacher)):
         if average:
-            average.values.update(_on_devices(load_file(state / f"{name}.safetensors"), average.values))
-    _restore_optimizer(trained, load_file(state / "optimizer.safetensors"))
+            average.values.update(_on_devices(_read(state / f"{name}.safetensors"), average.values))
+    _restore_optimizer(trained, _read(state / "optimizer.safetensors"))
     try:
         trained.progress = Progress(**json.loads((state / "progress.json").read_text()))
-    except (ValueError, TypeError) as error:
-        raise UserError(
-            f"{state / 'progress.json'}: is damaged ({error}). Restore it, or remove {folder} to go on from the "
-            "checkpoint before it."
-        ) from error
+    except (ValueError, TypeError, OSError) as error:
+        raise _damaged(state / "progress.json", error) from error
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise _damaged(file, error) from error
+
+
+def _damaged(file: Path, error: Exception) -> UserError:
+    return UserError(
+        f"{file}: is damaged ({error}). Restore it, or remove {file.parents[1]} to go on from the checkpoint before it."
+    )
 
 
 def averaged(trained: Trained) -> AbstractContextManager:

@@ -40,6 +40,8 @@ class Commands(TyperGroup):
             raise _interrupted("Nothing was written.") from error
 
 
+MADE_ANEW = "The training stands as it was; the same command begins its part anew."
+
 app = typer.Typer(
     cls=Commands,
     no_args_is_help=True,
@@ -158,6 +160,7 @@ def teach(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="With --write: replace weights there.")] = False,
 ) -> None:
     """Make the weights that a teacher's folder describes (teach.toml), from pictures or from a reward."""
+    from diffopd.run_folder import has_begun
     from diffopd.teach_check import check_teach, render_teach, try_teach_rewards
     from diffopd.teach_recipe import read_teach_recipe
     from diffopd.teach_write import check_writable, write_weights
@@ -177,7 +180,7 @@ def teach(
         return
     with _at_work(read.output_dir) as lock:
         count = int(os.environ.get("WORLD_SIZE", processes))
-        if _scores_here(count):
+        if _scores_here(count) and not has_begun(Path(read.output_dir)):
             try_teach_rewards(found)
         folder = _run_folder(read, found.hashes, count)
         if count > 1 and "WORLD_SIZE" not in os.environ:
@@ -209,7 +212,7 @@ def evaluate(
     from diffopd.evaluate import evaluate_run
     from diffopd.preflight import check_unchanged
 
-    with _at_work(folder.path):
+    with _at_work(folder.path, MADE_ANEW):
         check_unchanged(folder, teachers=True)
         scores = evaluate_run(folder.path, everything=everything)
     _show_scores(scores)
@@ -248,7 +251,7 @@ def export(
 
     if push_to_hub:
         check_push(push_to_hub)
-    with _at_work(folder.path):
+    with _at_work(folder.path, MADE_ANEW):
         check_unchanged(folder, teachers=False)
         target = export_run(folder.path, [str(name) for name in formats or []], tell=typer.echo, push_to=push_to_hub)
     typer.echo(f"{target / 'README.md'} says how to load each.")
@@ -305,12 +308,12 @@ def _options(overrides: list[str] | None, output_dir: Path | None) -> list[str]:
 
 
 @contextmanager
-def _at_work(folder: Path | str) -> Iterator[int | None]:
+def _at_work(folder: Path | str, kept: str = "") -> Iterator[int | None]:
     """A checked run folder, this process's own while open; those that work for another process have its lock.
 
-    Ctrl-C that nothing else has taken, and a full disk, are told with what of the run stands.
+    Ctrl-C that nothing else has taken, and a full disk, are told with what of the run stands, or with `kept`.
     """
-    from diffopd.disk import is_full, reason
+    from diffopd.disk import DiskError, is_full, reason
     from diffopd.launch import LAUNCHED
     from diffopd.lock import at_work
     from diffopd.run_folder import RunFolder
@@ -322,12 +325,15 @@ def _at_work(folder: Path | str) -> Iterator[int | None]:
         with nullcontext() if is_guest else at_work(held.path, warn) as lock:
             yield lock
     except KeyboardInterrupt as error:
-        raise _interrupted(held.kept()) from error
+        raise _interrupted(kept or held.kept()) from error
+    except DiskError as error:
+        told = kept or held.kept()
+        raise (error if told in str(error) else UserError(f"{error} {told}")) from error
     except Exception as error:
         if isinstance(error, UserError) or not is_full(error):
             raise
         raise UserError(
-            f"{held.path}: the disk takes no more ({reason(error)}). Make room on it. {held.kept()}"
+            f"{held.path}: the disk takes no more ({reason(error)}). Make room on it. {kept or held.kept()}"
         ) from error
 
 
@@ -341,13 +347,14 @@ def _interrupted(kept: str) -> typer.Exit:
 def _train(recipe: Any, processes: int, lock: int | None, begin: Any = None) -> None:
     """Check a recipe, run it to its end in this many processes, evaluate, export, report."""
     from diffopd.preflight import check, try_rewards
+    from diffopd.run_folder import has_begun
 
     _quiet_libraries()
     parts = check(recipe, hash_weights=True)
     count = int(os.environ.get("WORLD_SIZE", processes))
     if _is_finished(recipe, parts.hashes, count):
         return
-    if _scores_here(count):
+    if _scores_here(count) and not has_begun(Path(recipe.output_dir)):
         try_rewards(parts)
     folder = _run_folder(recipe, parts.hashes, count)
     if count > 1 and "WORLD_SIZE" not in os.environ:
@@ -419,8 +426,12 @@ def _finish(run: Path) -> None:
     from diffopd.report import write_report
     from diffopd.run_folder import RunFolder
 
-    _show_scores(evaluate_run(run), "student")
-    export_run(run, tell=typer.echo)
+    try:
+        _show_scores(evaluate_run(run), "student")
+        export_run(run, tell=typer.echo)
+    except UserError as error:
+        again = ", ".join(f"`diffopd {part} {run}`" for part in ("evaluate", "export", "report"))
+        raise UserError(f"{error} The training is done and saved: mend this, then {again}.") from error
     write_report(run)
     RunFolder.open(run).finish()
     typer.echo(f"Done: {run / 'report.html'} shows what was learnt; {run / 'export'} loads in stock diffusers.")

@@ -16,7 +16,9 @@ from typing import Any
 from diffopd.errors import UserError
 
 SPLIT_FILES = ("{}_metadata.jsonl", "{}.jsonl", "{}.txt")
-NOT_ASKED = {"task", "file_name", "is_drawn", "bucket", "enhanced_prompt"}  # metadata that this package itself reads
+# Metadata that says how a row is told or handled.
+NOT_ASKED = {"task", "file_name", "is_drawn", "bucket", "pixels", "enhanced_prompt"}
+LEAST_ASKED = 20  # fewer kinds than this in many prompts are taken for categories
 
 
 @dataclass(frozen=True)
@@ -79,11 +81,13 @@ def asked_of(rows: Sequence[PromptRow]) -> list[str]:
     """What each row asks for: equal for rows that ask for the same in other words, or beside another picture.
 
     It is the row's metadata without what says how it is told or handled; the prompt itself where a row has no other
-    metadata, or where that of all rows is the same and so tells them not apart.
+    metadata, or where the rows have so few kinds of it (fewer than 20, and than a quarter of the prompts) that it can
+    only be a category.
     """
     kept = [{key: value for key, value in row.metadata.items() if key not in NOT_ASKED} for row in rows]
     told = [json.dumps(one, sort_keys=True) for one in kept]
-    tells_apart = len(set(told)) > 1
+    is_category = len(set(told)) < min(LEAST_ASKED, len({row.prompt for row in rows}) / 4)
+    tells_apart = len(set(told)) > 1 and not is_category
     return [said if one and tells_apart else row.prompt for said, one, row in zip(told, kept, rows, strict=True)]
 
 

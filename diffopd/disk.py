@@ -15,9 +15,13 @@ FULL = tuple(map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)))  # saf
 OS_ERROR = re.compile(r"I/O error: (.*) \(os error \d+\)")
 
 
+class DiskError(UserError):
+    """What could not be written and why; whoever knows adds what stands."""
+
+
 @contextmanager
 def writing(path: Path, kept: str = "") -> Iterator[None]:
-    """While open, what the system or safetensors refuses to write is a UserError that names `path`.
+    """While open, what the system or safetensors refuses to write is a DiskError that names `path`.
 
     kept: a sentence on what is still there, and how the work goes on.
     """
@@ -27,7 +31,7 @@ def writing(path: Path, kept: str = "") -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         remedy = "Make room on that disk." if is_full(error) else "Make it writable."
-        raise UserError(f"{path} could not be written ({reason(error)}). {remedy} {kept}".rstrip()) from error
+        raise DiskError(f"{path} could not be written ({reason(error)}). {remedy} {kept}".rstrip()) from error
 
 
 def is_full(error: Exception) -> bool:

@@ -96,7 +96,8 @@ def evaluate_run(run_dir: Path, *, everything: bool = False) -> Path:
     results = list(known.values()) + measure(wanted, recipe)
     target = folder.path / "evaluation"
     _draw_grid(target, references, student, tasks, cards, recipe)
-    return _write(target, results, recipe, cards, {task.name: asked_of(task.rows) for task in tasks})
+    asked = {task.name: asked_of(task.rows) for task in tasks}
+    return _write(target, results, recipe, cards, asked, folder.latest_checkpoint().name)
 
 
 def tasks_of(cards: list[TeacherCard], num_prompts: int) -> list[Task]:
@@ -305,7 +306,12 @@ def _draw_grid(
 
 
 def _write(
-    target: Path, results: list[Result], recipe: Recipe, cards: list[TeacherCard], asked: dict[str, list[str]]
+    target: Path,
+    results: list[Result],
+    recipe: Recipe,
+    cards: list[TeacherCard],
+    asked: dict[str, list[str]],
+    checkpoint: str,
 ) -> Path:
     lines = []
     for result in results:
@@ -318,9 +324,8 @@ def _write(
     rows = [result_row(result, asked[result.task], settings.seeds) for result in results]
     _mark_best_guidance(rows)
     _add_ratios(rows, results, recipe, cards, asked)
-    return atomic_write(
-        target / "scores.json", json.dumps({"settings": settings.model_dump(mode="json"), "rows": rows}, indent=1)
-    )
+    held = {"checkpoint": checkpoint, "settings": settings.model_dump(mode="json"), "rows": rows}
+    return atomic_write(target / "scores.json", json.dumps(held, indent=1))
 
 
 def result_row(result: Result, asked: Sequence[Hashable], seeds: list[int]) -> dict[str, Any]:
@@ -362,7 +367,7 @@ def _add_ratios(
     for settings, card in zip(recipe.teachers, cards, strict=True):
         own = f"teacher:{card.name}", own_steps(settings, card), own_guidance(settings, card)
         reference = next((r for r in results if r.contender == own and r.task == card.name), None)
-        if reference is None or not np.mean(reference.scores):
+        if reference is None or np.mean(reference.scores) <= 0:
             continue
         for row, result in zip(rows, results, strict=True):
             if result is reference:

@@ -25,12 +25,12 @@ class Grid:
 def make_scheduler(recipe: Recipe, base: Blueprint) -> Any:
     """The scheduler with the recipe's override.
 
-    UserError for a wrong class, key or value, a missing package, and what cannot be driven.
+    UserError for a wrong class, key or value, or a missing package.
     """
     import diffusers
     from diffusers.utils import DummyObject
 
-    from diffopd.schedulers import FAMILIES, family_of
+    from diffopd.schedulers import FAMILIES
 
     config = base.configs.get("scheduler", {})
     override = dict(recipe.student.scheduler)
@@ -60,10 +60,18 @@ def make_scheduler(recipe: Recipe, base: Blueprint) -> Any:
             f"{place}: {name} with use_flow_sigmas would read the network's answer as {answer!r}, which is not driven "
             'here. Set prediction_type = "flow_prediction" for a network that answers so, or leave use_flow_sigmas out.'
         )
+    return made
+
+
+def drivable_scheduler(recipe: Recipe, base: Blueprint) -> Any:
+    """`make_scheduler`, and UserError for one that cannot be driven."""
+    from diffopd.schedulers import family_of
+
+    made = make_scheduler(recipe, base)
     try:
         family_of(made)
     except ValueError as error:
-        raise UserError(f"{place}: {error}") from error
+        raise UserError(f"{recipe.place('student', 'scheduler')}: {error}") from error
     return made
 
 
@@ -181,7 +189,7 @@ def check_walk(recipe: Recipe, base: Blueprint) -> Grid | None:
 
     Returns the student's grid, None where only the pipeline decides it. Raises UserError for what does not fit.
     """
-    scheduler = make_scheduler(recipe, base)
+    scheduler = drivable_scheduler(recipe, base)
     grid = grid_of(recipe, base, scheduler, recipe.student.num_inference_steps)
     visits = len(grid.timesteps) if grid else recipe.student.num_inference_steps
     _check_step_settings(recipe, visits)
@@ -263,9 +271,13 @@ def _check_noise(recipe: Recipe, scheduler: Any, visits: int) -> None:
     if not draws_noise(recipe, scheduler):
         named = f"solver {student.solver!r} with noise_level = {student.noise_level:g}"
         what = type(scheduler).__name__ if student.solver == "native" else named
+        path = path_name(scheduler)
+        noisy = [name for name, row in SOLVERS.items() if row.noise and path in row.paths]
+        still = [name for name in noisy if SOLVERS[name].still_at_picture]
+        last = f' {" and ".join(still)} also needs final_step = "mean" or "skip".' if still else ""
         raise UserError(
             f"{place} compares distributions, but {what} draws no noise (std 0). Take objective "
-            '"mean", or a stochastic solver (ddim, flow_sde, dance_sde) with noise_level above 0.'
+            f'"mean", or student.solver = {" or ".join(map(repr, noisy))} with student.noise_level above 0.{last}'
         )
     ends_still = ends_at_picture(scheduler) and (student.solver == "native" or SOLVERS[student.solver].still_at_picture)
     if ends_still and objective.final_step is None and _asks_at(objective.query, visits - 1, visits):

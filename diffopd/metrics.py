@@ -37,15 +37,16 @@ def ratio_interval(
 ) -> tuple[float, float, float]:
     """mean(scores) / mean(reference) with its 95 % interval; prompt i is the same prompt on both sides.
 
-    scores, groups: as `bootstrap_interval` has them; reference: (prompts,). A draw whose reference is 0 is left out.
+    scores, groups: as `bootstrap_interval` has them; reference: (prompts,). A draw whose reference is 0 or less is left
+    out.
 
-    Raises ValueError for unequal lengths or a reference that scores 0.
+    Raises ValueError for unequal lengths or a reference that scores 0 or less: a share of that says nothing.
     """
     a, b = (np.atleast_2d(np.asarray(values, dtype=np.float64)) for values in (scores, reference))
     if a.shape[1] != b.shape[1]:
         raise ValueError(f"a paired ratio needs the same prompts on both sides, not {a.shape[1]} and {b.shape[1]}.")
-    if b.mean() == 0:
-        raise ValueError("the reference scores 0, a ratio to it is undefined.")
+    if b.mean() <= 0:
+        raise ValueError(f"the reference scores {b.mean():g}; a ratio is to a score above 0.")
     drawn = _draws(a.shape, groups, seed, resamples)
     tops, bottoms = _sums(a, *drawn), _sums(b, *drawn)
     return float(a.mean() / b.mean()), *_interval(tops[bottoms > 0] / bottoms[bottoms > 0])

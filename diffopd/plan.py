@@ -10,10 +10,15 @@ from typing import TYPE_CHECKING
 from diffopd.footprint import Footprint, footprint
 from diffopd.grid import Grid, make_scheduler, side_arguments
 from diffopd.preflight import Parts
-from diffopd.recipe import Recipe
+from diffopd.recipe import Recipe, TeacherSettings
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.console import RenderableType
+
+    from diffopd.data import PromptRow
+    from diffopd.teacher import TeacherCard
 
 QUERY_DRAWS = 256  # draws over which the cost of a random query is averaged
 
@@ -29,6 +34,7 @@ class TeacherPlan:
     train_prompts: int
     test_prompts: int
     share: float
+    held_out: str
 
 
 @dataclass(frozen=True)
@@ -84,7 +90,8 @@ def make_plan(parts: Parts, processes: int = 1) -> Plan:
         prompts = len(parts.train_rows[card.name]), len(parts.test_rows[card.name])
         cost = 0.0 if is_given else asked * recipe.objective.substeps * calls
         student += settings.weight / total * (asked * calls if is_given else walked * rows)
-        teachers.append(TeacherPlan(card.name, card.form, guidance, cost, *prompts, settings.weight / total))
+        checked = _held_out(settings, card, parts.test_rows[card.name])
+        teachers.append(TeacherPlan(card.name, card.form, guidance, cost, *prompts, settings.weight / total, checked))
     train = recipe.train
     tasks = {"all": len(recipe.teachers), "round_robin": 1}.get(train.tasks_per_update, train.tasks_per_update)
     return Plan(
@@ -201,11 +208,32 @@ def _deployed(plan: Plan) -> str:
     return f"with {plan.scheduler}'s own step, in evaluation and export: stock pipelines do not know {solver}"
 
 
+HELD_OUT = {
+    "test": "test prompts",
+    "train": "training rows, as its test rows lack what its context shows,",
+    "pictures": "training pictures",
+}
+
+
+def _held_out(settings: TeacherSettings, card: TeacherCard, rows: Sequence[PromptRow]) -> str:
+    """Which of `HELD_OUT` a teacher's held-out loss is of, as `Teacher.watched_rows` decides it."""
+    from diffopd.context import covers
+
+    if card.form == "pictures":
+        return "pictures"
+    shows = settings.context.kind if settings.context else None
+    return "train" if shows and not all(covers(shows, row) for row in rows) else "test"
+
+
 def _validated(plan: Plan) -> str:
     train, scored = plan.recipe.train, plan.recipe.evaluate.num_prompts
-    checked = [teacher for teacher in plan.teachers if teacher.form != "pictures"]  # pictures teach on what they teach
+    checked = [teacher for teacher in plan.teachers if teacher.held_out == "test"]
     few = [f"{t.name} has {t.test_prompts}" for t in checked if t.test_prompts < train.batch_size + scored]
-    told = f"every {train.validate_every} updates, on the last {train.batch_size} test prompts of each teacher"
+    if len(checked) == len(plan.teachers):
+        rows = f"{HELD_OUT['test']} of each teacher"
+    else:
+        rows = ", ".join(f"{HELD_OUT[teacher.held_out]} of {teacher.name}" for teacher in plan.teachers)
+    told = f"every {train.validate_every} updates, on the last {train.batch_size} {rows}"
     return told + (f"; some are scored by evaluation, too, as {', '.join(few)} in all" if few else "")
 
 

@@ -24,7 +24,7 @@ from diffopd.recipe import Recipe
 from diffopd.reward import try_card_reward
 from diffopd.rows_check import check_contexts, check_given, check_pictures, check_test_rows, read_rows
 from diffopd.run_folder import RunFolder
-from diffopd.teacher import TeacherCard, hub_weights, lora_file, teacher_card, weights_sha256
+from diffopd.teacher import TeacherCard, forget_rewards, hub_weights, lora_file, teacher_card, weights_sha256
 
 
 @dataclass(frozen=True)
@@ -78,13 +78,15 @@ def check(recipe: Recipe, *, hash_weights: bool = False) -> Parts:
 def try_rewards(parts: Parts) -> None:
     """Call each function that scores a task once, on blank pictures, so that it does not fail after the training only.
 
-    In one process: its networks, if it has any, stay in memory. Raises UserError as `reward.try_card_reward`.
+    In one process; what the functions' files hold (a network, say) is let go again. Raises UserError as
+    `reward.try_card_reward`.
     """
     if parts.base.is_video:
         return  # scored are lists of frames, whose number only the pipeline decides
     size = called_size(parts.recipe.student.call, parts.base)
     for card in parts.cards:
-        try_card_reward(card, parts.test_rows[card.name], size)
+        try_card_reward(card, parts.test_rows[card.name][: parts.recipe.evaluate.num_prompts], size)
+    forget_rewards()
 
 
 def _base(recipe: Recipe, *, shipped: bool) -> Blueprint:

@@ -68,6 +68,7 @@ def page_context(folder: RunFolder) -> dict[str, Any]:
         "ratios": student_ratios(scores, list(colors)),
         "table": score_table(scores, list(colors)),
         "has_damaged_scores": file.is_file() and not scored,
+        "scored_before": scored_before(folder, scored),
         "update": update_words(recipe),
         "losses": charts.line_chart(loss_lines(updates, colors)),
         "state_losses": {name: charts.line_chart(lines, ends=True) for name, lines in state_lines(updates, colors)},
@@ -131,6 +132,12 @@ def share(settings: TeacherSettings, recipe: Recipe) -> float | None:
     return settings.weight / sum(teacher.weight for teacher in recipe.teachers)
 
 
+def scored_before(folder: RunFolder, scored: Row) -> str | None:
+    """The checkpoint that the scores are of, where the run has gone on since; None where they are of its latest."""
+    latest, of = folder.latest_checkpoint(), scored.get("checkpoint")
+    return of if of and latest and of != latest.name else None
+
+
 def update_words(recipe: Recipe) -> str:
     """What one update is made of."""
     train, draws = recipe.train, recipe.train.tasks_per_update
@@ -139,6 +146,8 @@ def update_words(recipe: Recipe) -> str:
         return f"{pictures} an update, teachers in turn"
     if draws == "all" or draws == "round_robin":
         return f"{pictures} and teacher an update"
+    if draws == 1:
+        return f"{pictures} an update, of one teacher drawn"
     return f"{pictures} for each of the {draws} teachers drawn an update"
 
 

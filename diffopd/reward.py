@@ -45,7 +45,7 @@ def _scores(name: str, given: Any, count: int) -> np.ndarray:
             f"reward {name!r} gave {type(given).__name__} for {count} pictures, not a list of one number for each."
         ) from error
     if not scores.ndim or scores.size != count:
-        found = f"{scores.size} scores" if scores.ndim else "one number"
+        found = f"{scores.size} score{'s' * (scores.size != 1)}" if scores.ndim else "one number"
         raise ValueError(f"reward {name!r} gave {found} for {count} pictures, not a list of one for each.")
     return scores.reshape(-1)
 
@@ -126,9 +126,10 @@ def _tried(term: _Term, rows: Sequence[PromptRow], size: tuple[int, int]) -> np.
         given = reward(images, [row.prompt for row in asked], [dict(row.metadata) for row in asked])
         scores = _scores(term.settings.reward, given, len(images))
     except Exception as error:  # whatever the user's code raises
+        why = f"{type(error).__name__}: {str(error).rstrip('.')}{_line_in(term, error)}"
         raise UserError(
             f"{term.place}: {term.settings.reward!r} was tried on two blank pictures of {size[0]} x {size[1]} pixels "
-            f"and cannot score them: {type(error).__name__}: {error}{_line_in(term, error)} Correct it: it takes "
+            f"and cannot score them: {why} Correct it: it takes "
             "(images, prompts, metadata) and gives one number for each picture."
         ) from error
     wrong = scores[~np.isfinite(scores)]

@@ -59,10 +59,14 @@ def check_pictures(
     """objective.states = "data" noises pictures: every row that may be drawn must name one that is there."""
     if recipe.objective.states != "data":
         return
+    from diffopd.trajectory import PROMPTS_PER_TEACHER
+
     checked = recipe.train.batch_size if recipe.train.validate_every else 0
     for card in cards:
-        count = 0 if card.form == "pictures" else checked  # pictures are checked on their training rows
-        tested = list(enumerate(test[card.name], start=1))[-count:] if count else []
+        tested = list(enumerate(test[card.name], start=1))
+        # Those at the end are for the held-out loss, those at the beginning for the trajectories.
+        tested = tested[:PROMPTS_PER_TEACHER] + (tested[PROMPTS_PER_TEACHER:][-checked:] if checked else [])
+        tested = [] if card.form == "pictures" else tested  # these are checked on their training rows
         for split, rows in (("train", list(enumerate(train[card.name], start=1))), ("test", tested)):
             path = " and ".join(map(str, card.prompts.files(split)))
             for number, row in rows:

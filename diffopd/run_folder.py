@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from diffopd import __version__
-from diffopd.disk import writing
+from diffopd.disk import DiskError, reason, writing
 from diffopd.errors import UserError
 from diffopd.recipe import Recipe, from_resolved
 from diffopd.settings import Source
@@ -91,9 +91,11 @@ class RunFolder:
             folder.path.mkdir(parents=True, exist_ok=True)
             folder.write("recipe.toml", recipe.source_text)
             folder.write("recipe.json", json.dumps(stored | {"versions": versions()}, indent=2) + "\n")
-        except OSError as error:
-            reason = f"output_dir {folder.path} cannot be written ({error.strerror}). Name another with --output-dir."
-            raise UserError(reason) from error
+        except (OSError, DiskError) as error:
+            why = reason(error.__cause__ or error)
+            raise UserError(
+                f"output_dir {folder.path} cannot be written ({why}). Name another with --output-dir."
+            ) from error
         return folder
 
     @classmethod

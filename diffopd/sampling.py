@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
@@ -118,10 +119,13 @@ def score(reward: Reward, images: list[Any], rows: list[PromptRow]) -> Tensor:
     try:
         given = reward(images, [row.prompt for row in rows], [row.metadata for row in rows])
     except (ValueError, KeyError) as error:
-        raise UserError(f"The reward cannot score a picture: {type(error).__name__}: {error}") from error
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        told = f"{type(error).__name__}: {error} ({last.filename}:{last.lineno})"
+        raise UserError(f"The reward cannot score pictures, of {rows[0].prompt!r} and others: {told}.") from error
     scores = torch.as_tensor(given, dtype=torch.float64).cpu().flatten()
     if len(scores) != len(images):
-        raise UserError(f"The reward gave {len(scores)} scores for {len(images)} pictures. It must give one for each.")
+        found = f"{len(scores)} score{'s' * (len(scores) != 1)}"
+        raise UserError(f"The reward gave {found} for {len(images)} pictures. It must give one for each.")
     if not bool(torch.isfinite(scores).all()):
         place = int((~torch.isfinite(scores)).nonzero()[0])
         raise UserError(

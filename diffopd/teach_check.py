@@ -72,7 +72,8 @@ def try_teach_rewards(found: TeachParts) -> None:
     size = called_size(recipe.student.call, base)
     if not recipe.is_supervised:
         try_reward(recipe, found.rows, size)
-    for scored in (recipe.card, *watched_cards(recipe)):
+    is_tried = not recipe.is_supervised and not recipe.rewards  # the card's own is then what teaches
+    for scored in (*([] if is_tried else [recipe.card]), *watched_cards(recipe)):
         try_card_reward(scored, read_prompts(scored.prompts.test), size)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import importlib.util
 import sys
@@ -18,6 +19,7 @@ from diffopd.recipe import Positive, Value
 from diffopd.settings import Settings, Source, read_toml, validated
 
 Reward = Callable[[list[Any], list[str], list[dict[str, Any]]], Any]
+REWARD_MODULE = "diffopd_reward_"  # the beginning of the name of an imported file
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
@@ -242,8 +244,18 @@ def load_reward(spec: str, folder: Path) -> Reward:
     return function
 
 
+def forget_rewards() -> None:
+    """Let go of what `load_reward` has imported, with whatever networks the files keep; the next call imports anew."""
+    for name in [name for name in sys.modules if name.startswith(REWARD_MODULE)]:
+        del sys.modules[name]
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
 def _import_file(path: Path, spec: str) -> Any:
-    name = f"diffopd_reward_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
+    name = f"{REWARD_MODULE}{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
     if name in sys.modules:
         return sys.modules[name]
     module_spec = importlib.util.spec_from_file_location(name, path)

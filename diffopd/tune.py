@@ -190,9 +190,9 @@ def _given(asked: TuneRecipe, base: Blueprint, call: dict[str, Any], folder: Pat
 
 def _own_loss(asked: TuneRecipe, base: Blueprint) -> str:
     """What the base was trained with: the noise's square where it predicts the noise, else the velocity's."""
-    from diffopd.grid import make_scheduler, path_name
+    from diffopd.grid import drivable_scheduler, path_name
 
-    scheduler = make_scheduler(asked, base)
+    scheduler = drivable_scheduler(asked, base)
     is_noise = path_name(scheduler) == "vp" and scheduler.config.get("prediction_type", "epsilon") == "epsilon"
     return "noise" if is_noise else "velocity"
 

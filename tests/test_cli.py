@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import shutil
@@ -11,7 +12,8 @@ import tiny
 from typer.testing import CliRunner
 
 from diffopd import __version__, locate
-from diffopd.cli import _show_scores, app
+from diffopd.cli import MADE_ANEW, _show_scores, app
+from diffopd.disk import writing
 from diffopd.preflight import check
 from diffopd.recipe import read_recipe
 from diffopd.run_folder import RunFolder
@@ -216,6 +218,26 @@ def test_ctrl_c_before_the_first_update_is_told_in_one_line_with_what_was_writte
     assert (place / "run").exists() == begun
 
 
+def test_ctrl_c_in_an_evaluation_leaves_the_training_as_it_was(place, monkeypatch):
+    folder = RunFolder.create(place / "run", read_recipe(str(place / "tiny.toml")), {})
+    (folder.path / "checkpoint-1").mkdir()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    monkeypatch.setattr("diffopd.preflight.check_unchanged", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+    result = command("evaluate", folder.path)
+    signal.signal(signal.SIGINT, before)
+    assert result.exit_code == 130
+    assert result.output == f"\nInterrupted. {MADE_ANEW}\n"
+
+
+def test_a_reward_is_tried_before_a_run_begins_and_not_where_it_goes_on(place, monkeypatch):
+    tried = []
+    monkeypatch.setattr("diffopd.preflight.try_rewards", tried.append)
+    monkeypatch.setattr("diffopd.distill.distill", lambda recipe, run, begin: (run.path / "checkpoint-1").mkdir())
+    for _ in range(2):
+        command("distill", place / "tiny.toml")
+    assert len(tried) == 1
+
+
 def test_a_ctrl_c_that_falls_into_a_callback_is_not_lost(place, monkeypatch):
     class Callback:
         def __del__(self):
@@ -237,6 +259,19 @@ def test_a_full_disk_anywhere_in_a_run_is_told_with_what_of_it_stands(place, mon
     run = place / "run"
     assert result.exit_code == 2 and result.stderr == (
         f"Error: {run}: the disk takes no more (No space left on device). Make room on it. "
+        f"{run} has no checkpoint yet; the same command begins anew.\n"
+    )
+
+
+def test_a_file_that_the_disk_does_not_take_is_told_with_what_of_the_run_stands(place, monkeypatch):
+    def fill(*_):
+        with writing(place / "run" / "scores.json"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("diffopd.distill.assemble", fill)
+    result, run = command("distill", place / "tiny.toml"), place / "run"
+    assert result.exit_code == 2 and result.stderr == (
+        f"Error: {run}/scores.json could not be written (No space left on device). Make room on that disk. "
         f"{run} has no checkpoint yet; the same command begins anew.\n"
     )
 
@@ -317,6 +352,7 @@ def test_a_run_is_neither_scored_nor_exported_on_weights_that_it_did_not_begin_w
         (teacher / "teacher.toml").write_text("\n".join([f'base = "{base}"', *kept]) + "\n")
     tiny.write_recipe(tmp_path / "tiny.toml", base, teachers)
     hold_run(tmp_path)
+    (tmp_path / "run" / "checkpoint-1").mkdir()
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     file = base / "unet/diffusion_pytorch_model.safetensors" if changed == "base" else next(teachers[0].glob("*.safe*"))
     change_weights(file)

@@ -93,6 +93,13 @@ def test_rows_that_ask_for_the_same_in_other_words_or_beside_another_picture_are
     assert cat == same and plain == again and len({cat, dog, plain}) == 3
 
 
+def test_a_category_is_not_what_rows_ask_for():
+    rows = [PromptRow(f"prompt {n}", {"length": ("short", "long")[n % 2]}) for n in range(200)]
+    assert asked_of(rows) == [row.prompt for row in rows]
+    words = [PromptRow(f"prompt {n}", {"word": f"word {n % 30}"}) for n in range(200)]
+    assert len(set(asked_of(words))) == 30
+
+
 @pytest.mark.parametrize("metadata", [{}, {"task": "a"}, {"file_name": "0.png", "bucket": [8, 8]}, {"source": "bench"}])
 def test_metadata_that_tells_no_rows_apart_leaves_the_prompt(metadata):
     assert asked_of([PromptRow(prompt, metadata) for prompt in ("x", "y", "x")]) == ["x", "y", "x"]

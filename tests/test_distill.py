@@ -338,13 +338,14 @@ def test_a_checkpoint_of_another_rank_is_refused(tiny_recipe, tmp_path):
         loop.load_checkpoint(tmp_path / "run" / "checkpoint-2", trained)
 
 
-def test_damaged_counters_of_a_checkpoint_are_named_with_what_to_do(tiny_recipe, tmp_path):
+def test_a_damaged_file_of_a_checkpoint_is_named_with_what_to_do(tiny_recipe, tmp_path):
     run_to_end(recipe_with(tiny_recipe))
     _, trained = prepared(recipe_with(tiny_recipe))
-    file = tmp_path / "run" / "checkpoint-2" / "state" / "progress.json"
-    file.write_text(file.read_text()[:20])
-    with pytest.raises(UserError, match=r"progress\.json: is damaged .*remove .*checkpoint-2 to go on from the"):
-        loop.load_checkpoint(file.parent.parent, trained)
+    state = tmp_path / "run" / "checkpoint-2" / "state"
+    for name in ("progress.json", "optimizer.safetensors", "parameters.safetensors"):  # read from the last to the first
+        (state / name).write_bytes((state / name).read_bytes()[:20])
+        with pytest.raises(UserError, match=rf"{name}: is damaged .*remove .*checkpoint-2 to go on from the"):
+            loop.load_checkpoint(state.parent, trained)
 
 
 def test_the_checkpoint_holds_the_average_where_one_is_kept(tiny_recipe):

@@ -6,7 +6,9 @@ import pytest
 import rehearsed
 import tiny
 
+from diffopd.blueprint import read_blueprint
 from diffopd.errors import UserError
+from diffopd.grid import drivable_scheduler, make_scheduler
 from diffopd.preflight import check
 from diffopd.recipe import read_recipe
 
@@ -49,10 +51,21 @@ def test_flow_levels_with_an_answer_that_is_no_flow_are_refused(recipe):
     assert said.startswith("--set student.scheduler=")
 
 
+def test_a_scheduler_that_cannot_be_driven_can_be_made_for_a_call_that_is_not_driven(tiny_recipe):
+    read = read_recipe(tiny_recipe, ['student.scheduler={class="DDIMScheduler", clip_sample=true}'])
+    base = read_blueprint(read.student.pretrained_model_name_or_path)
+    assert make_scheduler(read, base).config.clip_sample
+    with pytest.raises(UserError, match="student.scheduler=.* clip_sample=True: its step is not affine"):
+        drivable_scheduler(read, base)
+    with pytest.raises(UserError, match="its step is not affine"):
+        check(read)
+
+
 def test_a_flow_scheduler_that_renoises_draws_noise_and_the_plain_one_does_not(recipe):
     kl = ["objective.name=kl", "objective.final_step=mean"]
     assert recipe(*kl, RENOISED) == ""
-    assert "draws no noise" in recipe(*kl, FLOW)
+    said = recipe(*kl, FLOW)
+    assert "draws no noise" in said and "student.solver = 'flow_sde' or 'dance_sde' or 'ddim' with" in said
     assert "undefined at the last step" in recipe("objective.name=kl", RENOISED)
 
 

@@ -114,8 +114,8 @@ def test_what_was_made_for_the_lock_goes_again_unless_it_was_used(tmp_path):
 
 def test_a_folder_of_other_files_or_that_cannot_be_written_is_refused_before_the_lock(tmp_path):
     (tmp_path / "mine.txt").write_text("keep")
-    with pytest.raises(UserError, match="is not empty and holds no run"):
-        _at_work(tmp_path)
+    with pytest.raises(UserError, match="is not empty and holds no run"), _at_work(tmp_path):
+        pass
     with pytest.raises(UserError, match=r"mine.txt/run cannot be written \(Not a directory\).*--output-dir"):
         enter(tmp_path / "mine.txt" / "run")
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]

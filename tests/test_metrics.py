@@ -77,8 +77,9 @@ def test_a_number_of_groups_that_is_not_that_of_the_prompts_is_refused():
 def test_ratios_that_mean_nothing_are_refused():
     with pytest.raises(ValueError, match="same prompts"):
         ratio_interval([1.0], [1.0, 0.0])
-    with pytest.raises(ValueError, match="scores 0"):
-        ratio_interval([1.0, 1.0], [0.0, 0.0])
+    for nothing in ([0.0, 0.0], [-2.0, 1.0]):
+        with pytest.raises(ValueError, match="a ratio is to a score above 0"):
+            ratio_interval([1.0, 1.0], nothing)
 
 
 def test_diversity_is_zero_for_equal_pictures_and_one_between_black_and_white():

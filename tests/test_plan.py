@@ -1,4 +1,5 @@
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -6,9 +7,10 @@ import torch
 from rich.console import Console
 
 from diffopd.blueprint import num_values
+from diffopd.data import PromptRow
 from diffopd.errors import UserError
 from diffopd.load import load_pipeline
-from diffopd.plan import make_plan, process_facts, readable, render
+from diffopd.plan import _held_out, make_plan, process_facts, readable, render
 from diffopd.preflight import check
 from diffopd.recipe import read_recipe
 from diffopd.rehearsal import CLIP_TOKENS
@@ -225,6 +227,22 @@ def test_held_out_prompts_that_evaluation_scores_as_well_are_told(tiny_recipe):
     assert f"{checked}; some are scored by evaluation, too, as dots has 2, lines has 2 in all" in few
     enough = told("train.validate_every=5", "train.batch_size=1", "evaluate.num_prompts=1")
     assert checked in enough and "scored by evaluation" not in enough
+
+
+@pytest.mark.parametrize(
+    ("form", "kind", "metadata", "wanted"),
+    [
+        ("lora", None, {}, "test"),
+        ("base", "enhanced_prompt", {"enhanced_prompt": "more"}, "test"),
+        ("base", "enhanced_prompt", {}, "train"),
+        ("ema", "ip_adapter", {}, "train"),
+        ("pictures", None, {}, "pictures"),
+    ],
+)
+def test_the_rows_of_the_held_out_loss_are_those_that_hold_what_the_teacher_sees(form, kind, metadata, wanted):
+    context = SimpleNamespace(kind=kind) if kind else None
+    rows = [PromptRow("a dot", metadata)]
+    assert _held_out(SimpleNamespace(context=context), SimpleNamespace(form=form), rows) == wanted
 
 
 @pytest.mark.parametrize(

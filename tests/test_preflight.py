@@ -132,7 +132,8 @@ def test_an_objective_of_two_answers_needs_guidance_on_both_sides(own_recipe):
 
 def test_a_kl_without_noise_is_refused(own_recipe):
     assert "draws no noise" in refusal(own_recipe, "objective.name=kl", "student.solver=ddim")
-    assert "draws no noise" in refusal(own_recipe, "objective.name=kl")
+    still = refusal(own_recipe, "objective.name=kl")
+    assert "draws no noise" in still and "student.solver = 'ddim' with student.noise_level above 0. ddim also" in still
     noisy = ["objective.name=kl", "student.solver=ddim", "student.noise_level=0.5"]
     assert "undefined at the last step" in refusal(own_recipe, *noisy)
     for remedy in ("objective.final_step=mean", "objective.query={indices=[0]}"):

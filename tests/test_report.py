@@ -176,6 +176,16 @@ def test_the_grid_says_at_which_steps_and_guidance_each_model_drew(full_run):
     assert words.count("base: 20 steps, guidance 4; teacher: 20 steps, guidance 2.5; student: 2 steps, guidance 1") == 2
 
 
+def test_scores_of_a_checkpoint_before_the_latest_are_said_to_be_that(full_run):
+    said = "are of checkpoint-20; the run has gone on since"
+    file = full_run.path / "evaluation/scores.json"
+    file.write_text(json.dumps({"checkpoint": "checkpoint-20"} | json.loads(file.read_text())))
+    (full_run.path / "checkpoint-20").mkdir()
+    assert said not in words_of(page_of(full_run))
+    (full_run.path / "checkpoint-30").mkdir()
+    assert said in words_of(page_of(full_run))
+
+
 def test_a_damaged_file_of_scores_is_said_with_how_to_make_it_again(full_run):
     file = full_run.path / "evaluation/scores.json"
     file.write_text(file.read_text()[:99])

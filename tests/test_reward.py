@@ -15,7 +15,7 @@ from diffopd.rewards.pixels import Sharpness
 from diffopd.sampling import score
 from diffopd.teach import assemble_run
 from diffopd.teach_recipe import read_teach_recipe
-from diffopd.teacher import file_sha256
+from diffopd.teacher import file_sha256, forget_rewards, load_reward
 
 IMAGES = [Image.new("RGB", (8, 8), "gray"), Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3) % 97)]
 PROMPTS, ROWS = ["a", "b"], [{}, {}]
@@ -71,7 +71,7 @@ def test_missing_weights_stop_a_run_with_the_download_that_is_needed(recipe_with
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        (lambda *_: [0.5], "1 scores for 2 pictures"),
+        (lambda *_: [0.5], "1 score for 2 pictures"),
         (WeightedSum((("glow", 1.0, lambda *_: 0.5),)), "'glow' gave one number for 2 pictures"),
         (lambda *_: [0.5, float("inf")], "picture of 'b' is inf"),
         (lambda images, prompts, metadata: metadata[0]["word"], "KeyError: 'word'"),
@@ -89,7 +89,7 @@ BROKEN = {
     "raises": ("raise RuntimeError('no such font')", r"RuntimeError: no such font \(.*/reward.py:5\)\."),
     "wants what no row has": ("return [row['word'] for row in metadata]", r"KeyError: 'word' \(.*/reward.py:5\)\."),
     "one for all": ("return 0.5", "gave one number for 2 pictures"),
-    "too few": ("return [0.5]", "gave 1 scores for 2 pictures"),
+    "too few": ("return [0.5]", "gave 1 score for 2 pictures"),
     "no numbers": ("return [None] * len(images)", "gave list for 2 pictures, not a list of one number for each"),
     "nothing": ("pass", "gave NoneType for 2 pictures"),
     "not finite": ("return [0.5, float('nan')]", "scored a blank picture nan, and scores must be finite"),
@@ -119,6 +119,18 @@ def test_functions_are_tried_with_real_rows_at_the_size_that_is_drawn(recipe_wit
     [(images, prompts, metadata)] = module.TOLD
     assert [image.size for image in images] == [(24, 16)] * 2
     assert (prompts, metadata) == (["a", "c"], [{"n": 1}, {"n": 3}]), "shipped ones, which load networks, are left out"
+
+
+def test_what_a_file_holds_is_let_go_of_and_imported_anew(recipe_with):
+    card = recipe_with("").card
+    (card.folder / "reward.py").write_text(
+        "HELD = []\n\ndef brightness(*told):\n    HELD.append(0)\n    return [0.5, 0.5]\n"
+    )
+    before = load_reward("reward.py:brightness", card.folder)
+    try_card_reward(card, [PromptRow("a")], (8, 8))
+    forget_rewards()
+    after = load_reward("reward.py:brightness", card.folder)
+    assert len(before.__globals__["HELD"]) == 1 and after.__globals__["HELD"] == []
 
 
 @pytest.mark.parametrize("score", [-0.1, 1.5])
