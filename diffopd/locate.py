@@ -101,6 +101,11 @@ def find_recipe(name: str) -> Path:
     """
     if name.endswith(".toml") or is_path(name):
         path = Path(name).expanduser()
+        if (path / "teacher.toml").is_file() and not (path / "distill.toml").is_file():
+            raise UserError(
+                f"{path} is a teacher, and distilled is a recipe, which names its teachers. Write a .toml with "
+                f'[student] and [[teachers]] name = "{name}" (README, "Add your own teacher").'
+            )
         path = path / "distill.toml" if path.is_dir() else path
         if not path.is_file():
             near = nearest_sibling(path) or suggestion(Path(name).stem, recipe_names())
@@ -119,7 +124,7 @@ def find_recipe(name: str) -> Path:
             f'name = "{name}" (README, "Add your own teacher"); `diffopd teach {name}` makes the teacher itself.'
         )
     raise UserError(
-        f'There is no shipped recipe "{name}".{suggestion(name, recipe_names())} '
+        f'There is no shipped recipe "{name}".{nearest_recipe(name) or suggestion(name, recipe_names())} '
         "For your own recipe give the path of its .toml file."
     )
 
@@ -198,6 +203,12 @@ def nearest_sibling(path: Path) -> str:
     entries = [entry.name for entry in path.parent.iterdir() if not entry.name.startswith(".")]
     near = difflib.get_close_matches(path.name, entries, n=1, cutoff=0.6)
     return f' Did you mean "{path.parent / near[0]}"?' if near else ""
+
+
+def nearest_recipe(name: str) -> str:
+    """' Did you mean "x"?' for a recipe file that lies here under nearly this name, "" where none does."""
+    near = difflib.get_close_matches(name, [file.name for file in Path().glob("*.toml")], n=1, cutoff=0.75)
+    return f' Did you mean "{near[0]}"?' if near else ""
 
 
 def download(hub: HubId, patterns: list[str] | None = None, *, local: Path | None = None) -> Path:

@@ -128,6 +128,17 @@ def test_a_teachers_name_is_told_from_a_recipes(shelf):
         find_recipe("style")
 
 
+def test_a_misspelt_recipe_file_and_a_teachers_folder_are_told_apart_from_shipped_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "glow.toml").touch()
+    with pytest.raises(UserError, match=r'no shipped recipe "glow.tml". Did you mean "glow.toml"\?'):
+        find_recipe("glow.tml")
+    (tmp_path / "mine" / "glow").mkdir(parents=True)
+    (tmp_path / "mine" / "glow" / "teacher.toml").touch()
+    with pytest.raises(UserError, match=r'mine/glow is a teacher, .*\[\[teachers\]\] name = "mine/glow"'):
+        find_recipe("mine/glow")
+
+
 @pytest.mark.parametrize("find", [find_recipe, locate.find_tune_recipe])
 def test_a_file_of_another_kind_is_no_recipe(tmp_path, monkeypatch, find):
     monkeypatch.chdir(tmp_path)
