@@ -162,8 +162,11 @@ def test_prompts_that_ask_for_the_same_are_drawn_together_in_what_is_written(tin
     widths = {}
     for name, asked in (("alone", [str(n) for n in range(40)]), ("together", [str(n // 10) for n in range(40)])):
         (tmp_path / name).mkdir()
-        path = evaluation._write(tmp_path / name, [reference, student], recipe, cards, {cards[0].name: asked})
-        row = json.loads(path.read_text())["rows"][1]
+        results, kinds = [reference, student], {cards[0].name: asked}
+        path = evaluation._write(tmp_path / name, results, recipe, cards, kinds, "checkpoint-4")
+        written = json.loads(path.read_text())
+        row = written["rows"][1]
+        assert written["checkpoint"] == "checkpoint-4"
         assert (row["score"], row["num_prompts"], row["num_asked"]) == (0.5, 40, len(set(asked)))
         widths[name] = [high - low for low, high in (row["interval"], row["ratio"]["interval"])]
     assert all(wide > 2 * narrow for wide, narrow in zip(widths["together"], widths["alone"], strict=True))
