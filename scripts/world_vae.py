@@ -70,6 +70,18 @@ def measure_vae(vae: torch.nn.Module, output: Path, count: int = 96) -> dict[str
     return result | {"mean": float(every.mean()), "std": float(every.std())}
 
 
+def learn(
+    loss: torch.Tensor, model: torch.nn.Module, average: torch.nn.Module, optimizer: torch.optim.Optimizer, update: int
+) -> float:
+    """Update number `update` (from 1) of the weights and of their average; returns the loss."""
+    optimizer.zero_grad()
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    update_average(list(average.parameters()), list(model.parameters()), min(0.998, update / (update + 10)))
+    return float(loss.detach())
+
+
 def vae(
     output: Output,
     seconds: Annotated[float, typer.Option(help="length of the schedule")] = 1300.0,
@@ -90,13 +102,8 @@ def vae(
         set_rate(optimizer, learning_rate * min(1, (update + 1) / 100) * cosine(progress))
         is_crop = progress < crop_share
         loss = vae_loss(model, crop_drawings(draw_pictures(16, rng), 24, rng) if is_crop else draw_pictures(6, rng))
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
         update += 1
-        update_average(list(average.parameters()), list(model.parameters()), min(0.998, update / (update + 10)))
-        total += float(loss.detach())
+        total += learn(loss, model, average, optimizer, update)
         if update % 250 == 0:
             figures = measure_vae(average, output)
             log_row(output, "vae", update=update, seconds=progress * seconds, loss=total / 250, **figures)
@@ -150,13 +157,8 @@ def widen(
             changed = as_pictures(np.concatenate([group.pictures for group in islice(groups, GROUPS)]))
             pictures = torch.cat([changed, draw_pictures(OF_THE_WORLD, np.random.default_rng([25, update]))])
             loss = vae_loss(model, pictures.to(place))
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
             update += 1
-            update_average(list(average.parameters()), list(model.parameters()), min(0.998, update / (update + 10)))
-            total += float(loss.detach())
+            total += learn(loss, model, average, optimizer, update)
             spent, last = spent + time.process_time() - last, time.process_time()
             if update % 250 == 0:
                 kept()
