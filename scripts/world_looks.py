@@ -7,6 +7,7 @@ show an object that has no word in the base's captions. Nothing here knows Fluen
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,7 @@ def _reduce(drawn: np.ndarray) -> np.ndarray:
     return np.pad(np.asarray(small, np.float32) / 255, ((margin, margin), (margin, margin), (0, 0)))
 
 
+@lru_cache
 def load_cells() -> list[list[Image.Image]]:
     """The drawings of the base's training, by manner and thing."""
     sheet = Image.open(ROOT / "teachers" / "sprites" / "atlas.png").convert("RGBA")
@@ -183,14 +185,15 @@ class Group:
 def draw_group(count: int, rng: np.random.Generator, objects: list[Path]) -> Group:
     """`count` scenes in one random look: half of them of one thing; in a third of the groups it is a new object."""
     look, cells = sample_look(rng), load_cells()[rng.integers(len(world.MANNERS))]
-    known = {thing: redraw(cell, look) for thing, cell in zip(world.THINGS, cells, strict=True)}
     word = "".join(world.LETTERS[n] for n in rng.integers(26, size=3)).lower()
+    drawn = dict(zip(world.THINGS, cells, strict=True))
     if objects and rng.random() < 0.35:
-        new = redraw(fit(load_drawing(objects[rng.integers(len(objects))]), CELL), look)
+        drawn[word] = fit(load_drawing(objects[rng.integers(len(objects))]), CELL)
         scenes = [_name_object(sample_scene(rng), word, rng) for _ in range(count)]
-        known[word] = new
     else:
         scenes = [sample_scene(rng) for _ in range(count)]
+    shown = {scene[key] for scene in scenes for key in ("thing", "first", "second") if key in scene}
+    known = {name: redraw(cell, look) for name, cell in drawn.items() if name in shown}
     pictures = np.stack([render(scene, known) for scene in scenes])
     return Group(pictures, [tell(scene, word, rng) for scene in scenes])
 
