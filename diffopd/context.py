@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from pydantic import Field, model_validator
@@ -76,6 +77,17 @@ class ContextSettings(Settings):
         if self.kind != "reference_image" and self.instruction is not None:
             raise ValueError('instruction belongs to kind = "reference_image". Remove it or change the kind.')
         return self
+
+
+def own_adapter(folder: Path) -> dict[str, str]:
+    """ip_adapter and image_encoder of a pipeline that comes with its own: ip-adapter*.safetensors, image_encoder/.
+
+    Empty for any other folder, also for one with several adapters: which is meant is the user's to say.
+    """
+    files, encoder = list(folder.glob("ip-adapter*.safetensors")), folder / "image_encoder"
+    if len(files) != 1 or not (encoder / "config.json").is_file():
+        return {}
+    return {"ip_adapter": str(files[0]), "image_encoder": str(encoder)}
 
 
 class Context(Protocol):

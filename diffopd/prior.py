@@ -1,4 +1,4 @@
-"""Pictures of a class, drawn once by the untouched model as it is deployed: what DreamBooth keeps."""
+"""Pictures of a class or of prompts, drawn once by the untouched model as it is deployed: what is to be kept."""
 
 from __future__ import annotations
 
@@ -17,14 +17,16 @@ NOISE = "class pictures"  # key of their noise: no picture of an evaluation has 
 
 
 def draw_prior(tuning: Tuning, tell: Callable[[str], Any] = print) -> None:
-    """Draw the pictures of the class into the task's folder, all or none; those that are there stay.
+    """Draw what [prior] names into the task's folder, all or none; those that are there stay.
+
+    DreamBooth learns from them; under D-OPSD they are what the evaluation compares with.
 
     The model is drawn with on this process's GPU and let go: other processes may train there next.
 
     Raises UserError for whatever is wrong with the run, before anything is drawn.
     """
     asked = tuning.asked
-    if asked.method != "dreambooth":
+    if not asked.prior.is_given:
         return
     files = prior_files(tuning.folder, asked.prior.num_pictures)
     if all(file.is_file() for file in files):
@@ -35,7 +37,7 @@ def draw_prior(tuning: Tuning, tell: Callable[[str], Any] = print) -> None:
     from diffopd.processes import take_gpu
 
     check(tuning.recipe)
-    tell(f"Drawing {len(files)} pictures of {asked.prior.class_prompt!r} with the untouched model.")
+    tell(f"Drawing {len(files)} pictures of {asked.prior.subject} with the untouched model.")
     take_gpu()
     _draw(tuning, files)
     gc.collect()  # a pipeline may hold itself in a circle
@@ -47,7 +49,7 @@ def _draw(tuning: Tuning, files: list[Path]) -> None:
     from diffopd.evaluate import pictures, student_contender
 
     contender = student_contender(tuning.recipe, _untouched(tuning.recipe))
-    rows = [PromptRow(tuning.asked.prior.class_prompt)] * len(files)
+    rows = [PromptRow(prompt) for prompt in tuning.asked.prior.all_prompts()]
     partial = files[0].parent.with_name(f".pictures.{os.getpid()}")  # several processes may draw the same
     partial.mkdir(parents=True, exist_ok=True)
     left = iter(files)

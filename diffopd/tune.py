@@ -30,7 +30,7 @@ from diffopd.tune_recipe import TuneRecipe
 TASK = "task"  # the folder inside a run's that holds its task
 ITSELF = "itself"
 GIVEN = "pictures"
-PRIOR = "prior"  # the teacher of dreambooth's second task, and its folder inside the task's
+PRIOR = "prior"  # the teacher of the second task, and its folder inside the task's
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,9 @@ def prepare(asked: TuneRecipe, task_folder: Path | None = None, *, shipped: bool
     asked = _with_guidance(asked, base)
     context = None
     if not asked.is_given:
-        context = asked.context_for(base.pipeline_class, is_enhanced=all(p.enhanced for p in pictures))
+        context = asked.context_for(
+            base.pipeline_class, is_enhanced=all(p.enhanced for p in pictures), folder=base.folder
+        )
         _refuse_missing_files(asked, context)
     buckets = _buckets(asked, base, pictures)
     folder = task_folder or Path(asked.output_dir).absolute() / TASK
@@ -172,11 +174,12 @@ def _resolved(asked: TuneRecipe, base: Blueprint, context: ContextSettings | Non
     }
     if teacher.weights != "frozen":
         taught["ema_decay"] = asked.ema_decay
-    return whole | {"teachers": [taught]}
+    kept = {"name": str(folder / PRIOR), "weight": asked.prior.weight, "guidance_scale": own, "call": call}
+    return whole | {"teachers": [taught, *([kept] if asked.prior.is_given else [])]}
 
 
 def _given(asked: TuneRecipe, base: Blueprint, call: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
-    """The pictures as teachers: the user's own, and under dreambooth those of the class."""
+    """The pictures as teachers: the user's own, and under dreambooth those that the untouched model draws."""
     shared = {
         "guidance_scale": unguided(asked, base)
         if asked.noising.guidance_scale is None
@@ -185,7 +188,7 @@ def _given(asked: TuneRecipe, base: Blueprint, call: dict[str, Any], folder: Pat
         "call": call,
     }
     prior = {"name": str(folder / PRIOR), "weight": asked.prior.weight, **shared}
-    return [{"name": str(folder), **shared}, *([prior] if asked.method == "dreambooth" else [])]
+    return [{"name": str(folder), **shared}, *([prior] if asked.prior.is_given else [])]
 
 
 def _own_loss(asked: TuneRecipe, base: Blueprint) -> str:
@@ -244,16 +247,17 @@ def _task(asked: TuneRecipe, folder: Path, pictures: list[Picture], buckets: lis
     form = "pictures" if asked.is_given else "base" if asked.teacher.weights == "frozen" else "ema"
     name = GIVEN if asked.is_given else ITSELF
     task = _one_task(_card(asked, name, form), rows, held_out)
-    if asked.method == "dreambooth":
-        drawn = prior_files(folder, asked.prior.num_pictures)
-        rows = [{"prompt": asked.prior.class_prompt, "file_name": str(file), "is_drawn": True} for file in drawn]
-        prior = _one_task(_card(asked, PRIOR, form), rows, [asked.prior.class_prompt])
+    if asked.prior.is_given:
+        prompts, files = asked.prior.all_prompts(), prior_files(folder, asked.prior.num_pictures)
+        rows = [{"prompt": p, "file_name": str(f), "is_drawn": True} for p, f in zip(prompts, files, strict=True)]
+        card = _card(asked, PRIOR, form if asked.is_given else "base")
+        prior = _one_task(card, rows, list(dict.fromkeys(prompts)))
         task |= {f"{PRIOR}/{file}": text for file, text in prior.items()}
     return task
 
 
 def prior_files(folder: Path, num_pictures: int) -> list[Path]:
-    """Where the pictures of the class lie that the untouched model draws; folder: the task's."""
+    """Where the pictures lie that the untouched model draws; folder: the task's."""
     return [folder / PRIOR / "pictures" / f"{number:04d}.png" for number in range(num_pictures)]
 
 

@@ -41,7 +41,18 @@ def _teacher_facts(tuning: Tuning) -> list[tuple[str, str]]:
         ("teacher", _who(tuning.asked)),
         ("its context", tuning.context.kind.replace("_", " ")),
         ("objective", WEIGHTS.get(name, name)),
+        *(
+            [("kept", f"{_prior(tuning.asked)}; there the untouched model teaches")]
+            if tuning.asked.prior.is_given
+            else []
+        ),
     ]
+
+
+def _prior(asked: TuneRecipe) -> str:
+    prior = asked.prior
+    calls = f"{prior.num_pictures * asked.student.num_inference_steps} network calls"
+    return f"{prior.num_pictures} pictures of {prior.subject}, drawn first ({calls})"
 
 
 def _given_facts(tuning: Tuning) -> list[tuple[str, str]]:
@@ -49,9 +60,7 @@ def _given_facts(tuning: Tuning) -> list[tuple[str, str]]:
     steps, guidance = asked.student.num_inference_steps, recipe.teachers[0].guidance_scale
     found = [("levels", f"{asked.noising.num_levels}, a picture's drawn evenly among them; guidance {guidance:g}")]
     if asked.method == "dreambooth":
-        prior = asked.prior
-        calls = f"{prior.num_pictures * steps} network calls"
-        found.append(("prior", f"{prior.num_pictures} pictures of {prior.class_prompt!r}, drawn first ({calls})"))
+        found.append(("prior", _prior(asked)))
     if steps <= FEW_STEPS:
         found.append(("warning", MUSH.format(steps=steps)))
     return found

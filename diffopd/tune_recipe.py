@@ -9,7 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, PrivateAttr, model_validator
 
-from diffopd.context import NETWORK, ContextSettings, Kind, check_context, choose_kind
+from diffopd.context import NETWORK, SEES, ContextSettings, Kind, check_context, choose_kind, own_adapter
+from diffopd.data import read_prompts
 from diffopd.errors import UserError
 from diffopd.locate import absolute, find_tune_recipe
 from diffopd.overrides import apply_override
@@ -77,14 +78,43 @@ class NoisingSettings(Settings):
 
 
 class PriorSettings(Settings):
-    """Prior preservation (DreamBooth, arXiv:2208.12242): pictures that the untouched model draws of the class.
+    """Prior preservation (DreamBooth, arXiv:2208.12242): what the untouched model draws of a class or of prompts.
 
-    weight: of their loss, the pictures' own being 1.
+    class_prompt: of all its pictures; or prompts: a prompt file, of which the first num_pictures are taken, in turn.
+    Under "dreambooth" these pictures are noised and taught; under "d-opsd", which needs no prior, the untouched model
+    itself teaches the student on its own walk from these prompts. weight: of their loss, the pictures' own being 1.
     """
 
     class_prompt: str | None = None
+    prompts: str | None = None
     num_pictures: Count = 100
     weight: Positive = 1.0
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> PriorSettings:
+        if self.prompts and self.is_class:
+            raise ValueError("class_prompt and prompts both say what is kept. Give one of the two.")
+        return self
+
+    @property
+    def is_class(self) -> bool:
+        """Whether a class prompt is given."""
+        return bool((self.class_prompt or "").strip())
+
+    @property
+    def is_given(self) -> bool:
+        """Whether there is anything to keep."""
+        return bool(self.prompts) or self.is_class
+
+    def all_prompts(self) -> list[str]:
+        """num_pictures prompts. Raises UserError for a prompt file that is missing or damaged."""
+        said = [row.prompt for row in read_prompts(self.prompts)] if self.prompts else [self.class_prompt or ""]
+        return [said[number % len(said)] for number in range(self.num_pictures)]
+
+    @property
+    def subject(self) -> str:
+        """What is kept, in words."""
+        return f"prompts in {self.prompts}" if self.prompts else repr(self.class_prompt)
 
 
 class LookSettings(Settings):
@@ -124,7 +154,7 @@ class TuneRecipe(Settings):
     @model_validator(mode="after")
     def _fits_the_method(self) -> TuneRecipe:
         others = {
-            "d-opsd": ("noising", "prior"),
+            "d-opsd": ("noising",),
             "sft": ("teacher", "context", "prior"),
             "dreambooth": ("teacher", "context"),
         }
@@ -141,10 +171,18 @@ class TuneRecipe(Settings):
                 'train.text_encoders = "released" lets go of what the looks and the check of the teacher draw with. '
                 'Take "cached".'
             )
-        if self.method == "dreambooth" and not (self.prior.class_prompt or "").strip():
+        if self.method == "dreambooth" and not self.prior.is_given:
             raise ValueError(
                 'method = "dreambooth" keeps what the model draws of the class. Say which: prior.class_prompt = "a '
-                'photo of a dog" for pictures of one dog, "a drawing" for a manner; or take method = "sft".'
+                'photo of a dog" for pictures of one dog, "a drawing" for a manner, or prior.prompts = "FILE"; or take '
+                'method = "sft".'
+            )
+        if self.method == "d-opsd" and "prior" in self.model_fields_set and not self.prior.is_given:
+            raise ValueError('[prior] keeps nothing without prior.prompts = "FILE" or prior.class_prompt. Give one.')
+        if self.method == "d-opsd" and self.prior.is_given and self.student.init_weights:
+            raise ValueError(
+                "[prior] is taught by the base alone, without student.init_weights, which does not take the student's "
+                "steps. Remove [prior], or save base and init_weights as one model first."
             )
         return self
 
@@ -179,12 +217,16 @@ class TuneRecipe(Settings):
             )
         return round((1.0 - FOLLOWED) ** (1.0 / self.train.max_train_steps), 8)
 
-    def context_for(self, pipeline_class: str, *, is_enhanced: bool) -> ContextSettings:
+    def context_for(self, pipeline_class: str, *, is_enhanced: bool, folder: Path | None = None) -> ContextSettings:
         """The teacher's context: as asked, else the pipeline's own way to see a picture, else the second caption.
 
-        Raises UserError where there is neither, or where it lacks something.
+        folder: the pipeline's, which may hold an IP-Adapter of its own. Raises UserError where there is neither, or
+        where it lacks something.
         """
         place, asked = self.place("context"), self.context.model_dump(exclude_none=True)
+        if folder and not {"ip_adapter", "image_encoder"} & set(asked):
+            if asked.get("kind", SEES.get(pipeline_class)) == "ip_adapter":
+                asked |= own_adapter(folder)
         if "kind" not in asked:
             asked["kind"] = choose_kind(pipeline_class, is_enhanced=is_enhanced, place=place)
             if is_enhanced and NETWORK.get(asked["kind"], "kind") not in asked:
@@ -261,7 +303,8 @@ def _command_line(model: str | None, images: str | None) -> tuple[dict[str, Any]
 
 def _make_paths_absolute(data: dict[str, Any], folder: Path) -> None:
     student, images, context, look = (data.get(key) for key in ("student", "images", "context", "look"))
-    for table, key in ((images, "folder"), (images, "held_out"), (look, "unrelated")):
+    files = ((images, "folder"), (images, "held_out"), (look, "unrelated"), (data.get("prior"), "prompts"))
+    for table, key in files:
         if isinstance(table, dict) and isinstance(table.get(key), str):
             table[key] = _absolute(table[key], folder)
     held = [(student, "pretrained_model_name_or_path"), (student, "init_weights")]

@@ -139,6 +139,20 @@ def test_the_context_falls_to_the_second_caption_or_is_explained(tiny_sd, pictur
         prepare(asked(tiny_sd, pictures, "context.kind=enhanced_prompt"))
 
 
+def test_a_model_that_comes_with_an_ip_adapter_needs_no_more_words(tiny_sd, pictures, tmp_path):
+    model = shutil.copytree(tiny_sd, tmp_path / "seeing")
+    file, encoder = contexts.save_ip_adapter(model, tiny.build_pipeline().unet)
+    file.rename(model / "ip-adapter.safetensors")
+    encoder.rename(model / "image_encoder")
+    context = prepare(asked(model, pictures)).context
+    assert context.kind == "ip_adapter"
+    assert context.ip_adapter == str(model / "ip-adapter.safetensors")
+    assert context.image_encoder == str(model / "image_encoder")
+    assert prepare(asked(model, pictures, "context.kind=enhanced_prompt")).context.kind == "enhanced_prompt"
+    (model / "ip-adapter-face.safetensors").touch()
+    assert prepare(asked(model, pictures)).context.kind == "enhanced_prompt"
+
+
 def test_a_task_is_a_teacher_folder_that_names_pictures_and_buckets(tiny_sd, pictures):
     tuning = prepare(asked(tiny_sd, pictures))
     assert write_task(tuning) and not write_task(tuning)

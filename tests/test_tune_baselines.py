@@ -102,6 +102,35 @@ def test_dreambooth_adds_the_class_by_its_weight(tiny_sd, pictures):  # noqa: F8
     assert not torch.allclose(torch.cat([g.flatten() for g in own]), torch.cat([g.flatten() for g in expected]))
 
 
+@pytest.fixture
+def kept(pictures):  # noqa: F811
+    file = pictures.parent / "kept.jsonl"
+    file.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in ("a cat", "a dog")))
+    return [f"prior.prompts={json.dumps(str(file))}", "prior.num_pictures=3"]
+
+
+def test_under_d_opsd_the_untouched_model_teaches_what_is_kept_on_the_students_walk(tiny_sd, pictures, kept):  # noqa: F811
+    tuning = prepare(asked(tiny_sd, pictures, *kept, "train.batch_size=1"))
+    told = " ".join(dict(facts(tuning))["kept"].split())
+    assert "3 pictures of prompts in" in told and "untouched model teaches" in told
+    run, state = assembled(tuning)
+    own, prior_teacher = run.teachers
+    assert [own.name, prior_teacher.name] == ["itself", "prior"] and not prior_teacher.is_given
+    assert [row.prompt for row in prior_teacher.train_rows] == ["a cat", "a dog", "a cat"]
+    assert [row.prompt for row in prior_teacher.test_rows] == ["a cat", "a dog"]
+    losses = loop.one_update(run, state, Watch()).per_teacher()
+    assert losses["prior"] == pytest.approx(0, abs=1e-9) and losses["itself"] > 1e-5
+    moved(run)
+    assert loop.one_update(run, state, Watch()).per_teacher()["prior"] > 1e-6
+
+
+def test_dreambooth_keeps_prompts_as_well_as_a_class(tiny_sd, pictures, kept):  # noqa: F811
+    run, _ = assembled(baseline(tiny_sd, pictures, "dreambooth", *kept))
+    assert [row.prompt for row in run.teachers[1].train_rows] == ["a cat", "a dog", "a cat"]
+    drawn = [Image.open(row.metadata["file_name"]) for row in run.teachers[1].train_rows]
+    assert drawn[0].tobytes() != drawn[1].tobytes()
+
+
 def test_pictures_of_the_class_are_the_untouched_models_and_drawn_once(tiny_sd, pictures):  # noqa: F811
     tuning = baseline(tiny_sd, pictures, "dreambooth", *CLASS)
     write_task(tuning)
@@ -175,6 +204,9 @@ def test_a_baseline_trains_over_buckets_and_resumes_exactly(tiny_sd, pictures, t
         (["method=sft", "context.kind=enhanced_prompt"], r"\[context\] has no effect"),
         (["noising.num_levels=20"], r"\[noising\] has no effect on method = \"d-opsd\""),
         (["method=lora"], "is not allowed"),
+        (["prior.weight=2.0"], r"\[prior\] keeps nothing without prior.prompts"),
+        (['prior.class_prompt="a"', 'prior.prompts="b.jsonl"'], "both say what is kept"),
+        (['prior.prompts="b.jsonl"', 'student.init_weights="owner/lora"'], "taught by the base alone"),
         (["teacher.weights=frozen", 'student.init_weights="owner/lora"'], "is the base alone"),
         (["train.text_encoders=released"], 'Take "cached"'),
     ],
