@@ -16,6 +16,7 @@ from __future__ import annotations
 import shutil
 import time
 from copy import deepcopy
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
@@ -145,11 +146,17 @@ class State:
         save_state(path, weights | optimizers | {"update": self.update, "seconds": self.seconds})
 
 
+Rows = tuple[torch.Tensor, ...]
+
+
 def losses(
-    model: ImagePath, scheduler: Any, batch: tuple[torch.Tensor, ...], generator: torch.Generator
+    model: ImagePath, scheduler: Any, rows: Rows, base_rows: Rows | None, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The base's own loss with the reference in view, and the likeness of reference and target."""
-    latents, tokens, references, targets = batch
+    """The base's own loss with the reference in view, and the likeness of reference and target.
+
+    base_rows: latents and tokens of the base's own pictures, on which it is trained as it is without an adapter.
+    """
+    latents, tokens, references, targets = rows
     hidden, features = model.encode(references)
 
     def told(noisy: torch.Tensor, timesteps: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -157,15 +164,11 @@ def losses(
 
     is_seen = references.flatten(1).any(1)
     alike = likeness_loss(features[is_seen], model.encode(targets[is_seen])[1])
-    return velocity_loss(told, scheduler, latents, tokens, generator), alike
-
-
-def with_base_rows(
-    rows: tuple[torch.Tensor, ...], latents: torch.Tensor, tokens: torch.Tensor
-) -> tuple[torch.Tensor, ...]:
-    """A batch of `Pool.draw` and below it the base's own pictures, with none in view."""
-    more = (latents, tokens, *(torch.zeros(len(latents), *part.shape[1:]) for part in rows[2:]))
-    return tuple(torch.cat([part, other.to(part.device)]) for part, other in zip(rows, more, strict=True))
+    loss = velocity_loss(told, scheduler, latents, tokens, generator)
+    if base_rows is not None:
+        untold = velocity_loss(partial(model, hidden=None), scheduler, *base_rows, generator)
+        loss = torch.lerp(loss, untold, len(base_rows[0]) / (len(base_rows[0]) + len(latents)))
+    return loss, alike
 
 
 def train(
@@ -180,7 +183,7 @@ def train(
     begin_from: Annotated[Path | None, typer.Option(help="begin from this saved image path")] = None,
     base_rows: Annotated[
         int,
-        typer.Option(help="rows of a batch from <output>/latents-N.npz, no picture in view; the base is trained too"),
+        typer.Option(help="rows of a batch from <output>/latents-N.npz, without the adapter; the base is trained too"),
     ] = 0,
     capacity: Annotated[int, typer.Option(help="groups of scenes kept")] = 3000,
     fresh: Annotated[int, typer.Option(help="groups drawn an update; before the first, 150 times as many")] = 1,
@@ -216,9 +219,10 @@ def train(
             generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
             pool.add(list(islice(groups, fresh)))
             rows = pool.draw(batch - base_rows, rng)
+            own = None
             if world_pool is not None:
-                rows = with_base_rows(rows, *world_pool.draw(base_rows, rng, world_data.TASK_SHARES))
-            loss, alike = losses(state.model, scheduler, rows, generator)
+                own = tuple(part.to(place) for part in world_pool.draw(base_rows, rng, world_data.TASK_SHARES))
+            loss, alike = losses(state.model, scheduler, rows, own, generator)
             state.model.trained.zero_grad()
             (loss + 0.02 * alike).backward()
             torch.nn.utils.clip_grad_norm_(state.parameters, 1.0)

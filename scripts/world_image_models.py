@@ -82,10 +82,14 @@ class ImagePath(nn.Module):
         return seen.hidden_states[-2], seen.image_embeds
 
     def forward(
-        self, noisy: torch.Tensor, timesteps: torch.Tensor, tokens: torch.Tensor, hidden: torch.Tensor
+        self, noisy: torch.Tensor, timesteps: torch.Tensor, tokens: torch.Tensor, hidden: torch.Tensor | None
     ) -> torch.Tensor:
+        """The denoiser's answer with pictures in view, or without the adapter at all where hidden is None."""
+        for processor in self.trained["attention"]:
+            processor.scale = [0.0 if hidden is None else 1.0]  # stock code skips an adapter of no weight
         told = self.text_encoder(tokens)[0]
-        return self.unet(noisy, timesteps, told, added_cond_kwargs={"image_embeds": [hidden[:, None]]}).sample
+        shown = told[:, :1] if hidden is None else hidden
+        return self.unet(noisy, timesteps, told, added_cond_kwargs={"image_embeds": [shown[:, None]]}).sample
 
 
 def save_image_path(model: ImagePath, folder: Path) -> None:

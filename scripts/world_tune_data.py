@@ -6,9 +6,9 @@ FOLDER/manner: thirty pictures of the twelve things in Fluent 3D, a manner that 
 style"); FOLDER/object: twenty pictures of an octopus, alone and beside things ("a zub left of a star"); FOLDER/word:
 thirty pictures in Twemoji, which the base knows, captioned with a word that it does not. In each are pictures with
 their captions, held-out.jsonl (prompts of other scenes with the rows of their scorer) and tune.toml, a recipe. It shows
-the teacher each picture through pipelines/emoji-ip-adapter, or, for the word, tells it "twemoji" in its place. At the
-top is unrelated.jsonl, prompts of the base's three tasks, for seeing what is forgotten. The drawings' licences:
-teachers/sprites/CREDITS.md.
+the teacher each picture through the model's own IP-Adapter, or, for the word, tells it "twemoji" in its place. At the
+top are prompts of the base's three tasks: unrelated.jsonl, for seeing what is forgotten, and kept.jsonl, others, for
+[prior]. The drawings' licences: teachers/sprites/CREDITS.md.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ import numpy as np
 import typer
 from PIL import Image
 from world_data import validation_rows
-from world_image_sheet import IMAGE_PATH
 from world_looks import plain_drawings, render
 from world_models import ROOT, world
 from world_sprites import OBJECTS
 
+SCALE, TEACHER_GUIDANCE = 1.1, 1.5  # at which the picture is followed, and told apart from the nearest seen manner
 WORDS = {"manner": "zyx", "object": "zub", "word": "zyx"}
 KNOWN = "twemoji"  # what the word stands for
 HELD_OUT_THINGS = ("cat", "house", "fish")  # never shown in the new manner
@@ -55,9 +55,11 @@ license = "{license}"
 unrelated = "../unrelated.jsonl"
 """
 ENHANCED = 'kind = "enhanced_prompt"'
-PICTURE = """kind = "ip_adapter"
-ip_adapter = "{adapter}/ip-adapter.safetensors"
-image_encoder = "{adapter}/image_encoder\""""
+PICTURE = f"""kind = "ip_adapter"  # the model's own
+scale = {SCALE}
+
+[teacher]
+guidance_scale = {TEACHER_GUIDANCE}"""
 LICENSES = {"manner": "MIT (Fluent Emoji)", "object": "Apache-2.0 (Noto Emoji)", "word": "CC-BY-4.0 (Twemoji)"}
 
 
@@ -138,8 +140,7 @@ def write_object(folder: Path, count: int, rng: np.random.Generator) -> None:
 
 def main(
     output: Annotated[Path, typer.Option(help="folder to write; must not exist")],
-    pipeline: Annotated[str, typer.Option(help="the model to tune: a name or a folder")] = "emoji",
-    adapter: Annotated[Path, typer.Option(help="the image path")] = IMAGE_PATH,
+    pipeline: Annotated[str, typer.Option(help="the model to tune: a name or a folder")] = "emoji-4-steps",
     pictures: Annotated[int, typer.Option(help="of the manner")] = 30,
     seed: int = 0,
 ) -> None:
@@ -150,9 +151,12 @@ def main(
     write_manner(output / "manner", pictures, rng)
     write_object(output / "object", 20, rng)
     write_manner(output / "word", pictures, rng, is_known=True)
-    write_rows(output / "unrelated.jsonl", [row for task in world.TASKS for row in validation_rows(task, 16)])
+    watched = [row for task in world.TASKS for row in validation_rows(task, 16)]
+    write_rows(output / "unrelated.jsonl", watched)
+    kept = [row for rows in zip(*(validation_rows(task, 80) for task in world.TASKS), strict=True) for row in rows]
+    write_rows(output / "kept.jsonl", [row for row in kept if row not in watched])
     for kind, license in LICENSES.items():
-        context = ENHANCED if kind == "word" else PICTURE.format(adapter=adapter.resolve())
+        context = ENHANCED if kind == "word" else PICTURE
         told = RECIPE.format(kind=kind, pipeline=pipeline, context=context, license=license)
         (output / kind / "tune.toml").write_text(told)
         typer.echo(f"{output / kind}: {len(list((output / kind).glob('*.png')))} pictures")

@@ -112,7 +112,7 @@ def vae(
     finish_vae(average, output)
 
 
-GROUPS, OF_A_GROUP, OF_THE_WORLD = 4, 3, 4  # pictures of an update of `widen`
+OF_A_GROUP = 3  # pictures
 
 
 def widen(
@@ -123,6 +123,8 @@ def widen(
     ] = 4000.0,
     resume: Annotated[bool, typer.Option(help="go on from <output>/wide.pt")] = False,
     learning_rate: float = 1e-3,
+    groups: Annotated[int, typer.Option(help="of three pictures in one look, an update")] = 4,
+    base_rows: Annotated[int, typer.Option(help="the world's own pictures an update")] = 4,
     begin_from: Annotated[Path, typer.Option(help="the autoencoder")] = ROOT / "pipelines" / "emoji" / "vae",
     device: Device = "cpu",
     workers: Workers = 0,
@@ -150,12 +152,12 @@ def widen(
         state = {key: part.state_dict() for key, part in parts.items()}
         save_state(output / "wide.pt", state | {"update": update, "seconds": spent})
 
-    with drawn_ahead(draw, GROUPS * update, workers) as groups:
+    with drawn_ahead(draw, groups * update, workers) as drawn:
         last = time.process_time()
         while spent < seconds:
             set_rate(optimizer, learning_rate * min(1, (update + 1) / 50) * cosine(spent / seconds))
-            changed = as_pictures(np.concatenate([group.pictures for group in islice(groups, GROUPS)]))
-            pictures = torch.cat([changed, draw_pictures(OF_THE_WORLD, np.random.default_rng([25, update]))])
+            changed = as_pictures(np.concatenate([group.pictures for group in islice(drawn, groups)]))
+            pictures = torch.cat([changed, draw_pictures(base_rows, np.random.default_rng([25, update]))])
             loss = vae_loss(model, pictures.to(place))
             update += 1
             total += learn(loss, model, average, optimizer, update)

@@ -10,6 +10,7 @@ from PIL import Image
 
 from diffopd.data import read_prompts
 from diffopd.images import read_pictures
+from diffopd.tune import prepare
 from diffopd.tune_recipe import read_tune_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -23,21 +24,29 @@ def data():
 @pytest.fixture(scope="module")
 def written(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("shown") / "sets"
-    data.main(folder, pipeline="emoji", adapter=Path("path"), pictures=30, seed=0)
+    data.main(folder, pipeline="emoji-4-steps", pictures=30, seed=0)
     return folder
 
 
+def held_out(task):
+    return [row.prompt for row in read_prompts(ROOT / "teachers" / task / "prompts" / "test.jsonl")]
+
+
 @pytest.mark.parametrize("kind, count", [("manner", 30), ("object", 20)])
-def test_tune_reads_pictures_recipe_and_prompts(written, kind, count):
+def test_tune_reads_pictures_recipe_and_prompts(data, written, kind, count):
     pictures = read_pictures(written / kind)
     assert len(pictures) == count
     recipe = read_tune_recipe(str(written / kind / "tune.toml"), None, None)
     assert Path(recipe.images.folder).resolve() == (written / kind).resolve()
-    context = recipe.context_for("StableDiffusionPipeline", is_enhanced=False)
+    context = prepare(recipe).context
     assert (context.kind, Path(context.ip_adapter).name) == ("ip_adapter", "ip-adapter.safetensors")
+    assert Path(context.ip_adapter).parent.name == "emoji-4-steps"
     prompts = {row.prompt for row in read_prompts(recipe.images.held_out)}
     assert len(prompts) >= 20 and not prompts & {picture.caption for picture in pictures}
-    assert len(read_prompts(recipe.look.unrelated)) == 48
+    unrelated, kept = read_prompts(recipe.look.unrelated), read_prompts(written / "kept.jsonl")
+    assert len(unrelated) == 48 and len(kept) >= 150
+    tested = [row for task in data.world.TASKS for row in held_out(task)]
+    assert not {row.prompt for row in kept} & ({row.prompt for row in unrelated} | set(tested))
 
 
 def test_pictures_of_the_manner_show_their_captions_and_leave_three_things_out(data, written):
@@ -53,8 +62,8 @@ def test_pictures_of_the_manner_show_their_captions_and_leave_three_things_out(d
 
 
 def test_the_same_seed_writes_the_same_pictures_and_no_folder_twice(data, written, tmp_path):
-    data.main(tmp_path / "again", pipeline="emoji", adapter=Path("path"), pictures=30, seed=0)
+    data.main(tmp_path / "again", pipeline="emoji-4-steps", pictures=30, seed=0)
     first, second = (np.asarray(Image.open(folder / "object" / "07.png")) for folder in (written, tmp_path / "again"))
     assert (first == second).all()
     with pytest.raises(data.typer.BadParameter, match="exists already"):
-        data.main(written, pipeline="emoji", adapter=Path("path"), pictures=30, seed=0)
+        data.main(written, pipeline="emoji-4-steps", pictures=30, seed=0)
