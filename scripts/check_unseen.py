@@ -12,6 +12,7 @@ pictures of the same things in the seen manners, 0 on blanks. Model: before its 
 from __future__ import annotations
 
 import importlib.util
+import tomllib
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,7 +25,7 @@ from world_few import MANY_STEPS
 from world_image_sheet import draw_from, open_with_image_path
 from world_looks import plain_drawings, render
 from world_models import ROOT, world
-from world_tune_data import SCALE, TEACHER_GUIDANCE, WORDS
+from world_tune_data import RECIPE, WORDS
 
 STEPS, GUIDANCE = 4, 2.0  # the student's, and the base's that it learnt to do without
 
@@ -91,8 +92,9 @@ def check_sight(pipeline: Path, count: int) -> list[Gate]:
     pictures, rows = real_pictures(plain_drawings("atlas_3d.png"), count, 5)
     prompts = [f"{world.with_article(row['thing'])} in {WORDS['manner']} style" for row in rows]
     pipe = open_with_image_path(pipeline, pipeline)
-    pipe.set_ip_adapter_scale(SCALE)
-    seeing = draw_from(pipe, prompts, pictures, STEPS, TEACHER_GUIDANCE)
+    told_by = tomllib.loads(RECIPE.read_text())
+    pipe.set_ip_adapter_scale(told_by["context"]["scale"])
+    seeing = draw_from(pipe, prompts, pictures, STEPS, told_by["teacher"]["guidance_scale"])
     pipe.unload_ip_adapter()
     blind = sample(pipe, prompts, STEPS, 1.0)
     told = float(unseen.new_manner(to_images(seeing), prompts, rows).mean())

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Hashable, Sequence
@@ -77,15 +78,16 @@ def run(
 
 
 def recipe_for(data: Path, method: str, output: Path) -> Path:
-    """The set's recipe; for ordinary fine-tuning without [context], which it does not take."""
+    """The set's recipe; for ordinary fine-tuning without the tables that it does not take, at a place of its own."""
     if method == "d-opsd":
         return data / "tune.toml"
-    before, _, after = (data / "tune.toml").read_text().partition("[context]")
-    text = before + after[after.index("[look]") :]
+    tables = re.split(r"^(?=\[)", (data / "tune.toml").read_text(), flags=re.MULTILINE)
+    unused = ["teacher", "context", "objective", *([] if method == "dreambooth" else ["prior"])]
+    text = "".join(table for table in tables if table[1:].partition("]")[0] not in unused)
     text = text.replace('folder = "."', f"folder = {json.dumps(str(data.resolve()))}")
     for name in ('"held-out.jsonl"', '"../unrelated.jsonl"'):
         text = text.replace(name, json.dumps(str((data / name.strip('"')).resolve())))
-    target = output / f"{data.name}-without-context.toml"
+    target = output / f"{data.name}-{method}.toml"
     target.write_text(text)
     return target
 

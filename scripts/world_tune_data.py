@@ -7,8 +7,8 @@ style"); FOLDER/object: twenty pictures of an octopus, alone and beside things (
 thirty pictures in Twemoji, which the base knows, captioned with a word that it does not. In each are pictures with
 their captions, held-out.jsonl (prompts of other scenes with the rows of their scorer) and tune.toml, a recipe. It shows
 the teacher each picture through the model's own IP-Adapter, or, for the word, tells it "twemoji" in its place. At the
-top are prompts of the base's three tasks: unrelated.jsonl, for seeing what is forgotten, and kept.jsonl, others, for
-[prior]. The drawings' licences: teachers/sprites/CREDITS.md.
+top is unrelated.jsonl, prompts of the base's three tasks, for seeing what is forgotten. The recipes are
+teachers/tune/emoji.toml with these pictures. The drawings' licences: teachers/sprites/CREDITS.md.
 """
 
 from __future__ import annotations
@@ -26,40 +26,11 @@ from world_looks import plain_drawings, render
 from world_models import ROOT, world
 from world_sprites import OBJECTS
 
-SCALE, TEACHER_GUIDANCE = 1.1, 1.5  # at which the picture is followed, and told apart from the nearest seen manner
 WORDS = {"manner": "zyx", "object": "zub", "word": "zyx"}
 KNOWN = "twemoji"  # what the word stands for
 HELD_OUT_THINGS = ("cat", "house", "fish")  # never shown in the new manner
-RECIPE = """name = "emoji-{kind}"
-
-[student]
-pretrained_model_name_or_path = "{pipeline}"
-num_inference_steps = 4
-guidance_scale = 1.0
-rank = 16
-lora_alpha = 32
-target_modules = [
-    "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2",
-    "conv1", "conv2", "conv_shortcut", "time_emb_proj",
-]
-
-[images]
-folder = "."
-held_out = "held-out.jsonl"
-license = "{license}"
-
-[context]
-{context}
-
-[look]
-unrelated = "../unrelated.jsonl"
-"""
-ENHANCED = 'kind = "enhanced_prompt"'
-PICTURE = f"""kind = "ip_adapter"  # the model's own
-scale = {SCALE}
-
-[teacher]
-guidance_scale = {TEACHER_GUIDANCE}"""
+RECIPE = ROOT / "teachers" / "tune" / "emoji.toml"
+PICTURE = 'kind = "ip_adapter"                # the model\'s own\nscale = 1.1\n'
 LICENSES = {"manner": "MIT (Fluent Emoji)", "object": "Apache-2.0 (Noto Emoji)", "word": "CC-BY-4.0 (Twemoji)"}
 
 
@@ -138,6 +109,22 @@ def write_object(folder: Path, count: int, rng: np.random.Generator) -> None:
     write_rows(folder / "held-out.jsonl", rows)
 
 
+def recipe(kind: str, pipeline: str, license: str) -> str:
+    """The shipped recipe with a set's pictures."""
+    text = RECIPE.read_text()
+    of_set = f'[images]\nfolder = "."\nheld_out = "held-out.jsonl"\nlicense = {json.dumps(license)}'
+    told = {
+        'name = "emoji-pictures"': f'name = "emoji-{kind}"',
+        '= "emoji-4-steps"': f"= {json.dumps(pipeline)}",
+        "[images]": of_set,
+        '"emoji-kept.jsonl"': json.dumps(str(RECIPE.with_name("emoji-kept.jsonl"))),
+        "[look]": '[look]\nunrelated = "../unrelated.jsonl"',
+    }
+    for part, other in told.items():
+        text = text.replace(part, other)
+    return text.replace(PICTURE, 'kind = "enhanced_prompt"\n') if kind == "word" else text
+
+
 def main(
     output: Annotated[Path, typer.Option(help="folder to write; must not exist")],
     pipeline: Annotated[str, typer.Option(help="the model to tune: a name or a folder")] = "emoji-4-steps",
@@ -151,13 +138,9 @@ def main(
     write_manner(output / "manner", pictures, rng)
     write_object(output / "object", 20, rng)
     write_manner(output / "word", pictures, rng, is_known=True)
-    watched = [row for task in world.TASKS for row in validation_rows(task, 16)]
-    write_rows(output / "unrelated.jsonl", watched)
-    kept = [row for rows in zip(*(validation_rows(task, 80) for task in world.TASKS), strict=True) for row in rows]
-    write_rows(output / "kept.jsonl", [row for row in kept if row not in watched])
+    write_rows(output / "unrelated.jsonl", [row for task in world.TASKS for row in validation_rows(task, 16)])
     for kind, license in LICENSES.items():
-        context = ENHANCED if kind == "word" else PICTURE
-        told = RECIPE.format(kind=kind, pipeline=pipeline, context=context, license=license)
+        told = recipe(kind, pipeline, license)
         (output / kind / "tune.toml").write_text(told)
         typer.echo(f"{output / kind}: {len(list((output / kind).glob('*.png')))} pictures")
     shutil.copy(ROOT / "teachers" / "sprites" / "CREDITS.md", output / "CREDITS.md")

@@ -143,12 +143,15 @@ def test_shipped_configs_name_classes_and_settings_that_exist(name):
             assert {key for key in blueprint.configs[component] if not key.startswith("_")} <= known
 
 
-# tuning recipe -> what its teacher sees, first and last timestep; 4 steps, 4 pictures, one evaluation each
+# tuning recipe -> what its teacher sees, first and last timestep, calls of an update: 4 steps, 4 pictures, one evaluation
+# each; the embedded model has 4 prompts to keep beside them, and its teacher is guided, at two of the four states
+ONE_EACH = "student 16, teachers 16 an update"
 TUNED = {
-    "z-image-turbo": ("image prompt", [1000, 500]),
-    "flux2-klein": ("reference image", [1000, 767.2]),
-    "sdxl-turbo": ("ip adapter", [999, 249]),
-    "sd15-lcm": ("ip adapter", [999, 259]),
+    "z-image-turbo": ("image prompt", [1000, 500], ONE_EACH),
+    "flux2-klein": ("reference image", [1000, 767.2], ONE_EACH),
+    "sdxl-turbo": ("ip adapter", [999, 249], ONE_EACH),
+    "sd15-lcm": ("ip adapter", [999, 259], ONE_EACH),
+    "emoji": ("ip adapter", [999, 249], "student 32, teachers 24 an update"),
 }
 
 
@@ -172,8 +175,8 @@ def test_a_tuning_recipe_is_complete_and_planned_without_a_network(name, picture
     result = CliRunner().invoke(app, ["tune", name, "--images", str(pictures), "--dry-run"])
     assert result.exit_code == 0, result.output
     told = " ".join(result.output.split())
-    seen, (first, last) = TUNED[name]
-    assert f"its context {seen}" in told and "student 16, teachers 16 an update" in told
+    seen, (first, last), cost = TUNED[name]
+    assert f"its context {seen}" in told and cost in told
     steps = [float(word) for word in told.split("timesteps ")[1].split(" sigmas")[0].split()]
     assert len(steps) == 4
     assert (steps[0], steps[-1]) == (pytest.approx(first, abs=0.01), pytest.approx(last, abs=0.01))

@@ -43,8 +43,8 @@ def test_tune_reads_pictures_recipe_and_prompts(data, written, kind, count):
     assert Path(context.ip_adapter).parent.name == "emoji-4-steps"
     prompts = {row.prompt for row in read_prompts(recipe.images.held_out)}
     assert len(prompts) >= 20 and not prompts & {picture.caption for picture in pictures}
-    unrelated, kept = read_prompts(recipe.look.unrelated), read_prompts(written / "kept.jsonl")
-    assert len(unrelated) == 48 and len(kept) >= 150
+    unrelated, kept = read_prompts(recipe.look.unrelated), read_prompts(recipe.prior.prompts)
+    assert len(unrelated) == 48 and len(kept) == 160
     tested = [row for task in data.world.TASKS for row in held_out(task)]
     assert not {row.prompt for row in kept} & ({row.prompt for row in unrelated} | set(tested))
 
