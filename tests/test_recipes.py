@@ -143,8 +143,8 @@ def test_shipped_configs_name_classes_and_settings_that_exist(name):
             assert {key for key in blueprint.configs[component] if not key.startswith("_")} <= known
 
 
-# tuning recipe -> what its teacher sees, first and last timestep, calls of an update: 4 steps, 4 pictures, one evaluation
-# each; the embedded model has 4 prompts to keep beside them, and its teacher is guided, at two of the four states
+# tuning recipe -> what its teacher sees, first and last timestep, calls of an update: 4 steps, 4 pictures, one call
+# each; the embedded model also has 4 prompts to keep, and its teacher is guided, at two of the four states
 ONE_EACH = "student 16, teachers 16 an update"
 TUNED = {
     "z-image-turbo": ("image prompt", [1000, 500], ONE_EACH),
