@@ -20,6 +20,7 @@ import json
 import re
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -162,41 +163,54 @@ def draw_grid(output: Path, steps: list[int]) -> None:
 
 @app.command()
 def table(
-    output: Output, as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of a table")] = False
+    output: Output,
+    pool: Annotated[bool, typer.Option(help="one row for all seeds of a run, its interval over them as well")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of a table")] = False,
 ) -> None:
     """Collect what is scored."""
-    rows = [summary(json.loads(path.read_text()), output) for path in sorted((output / "scores").glob("*.json"))]
-    if not rows:
+    found = [json.loads(path.read_text()) for path in sorted((output / "scores").glob("*.json"))]
+    if not found:
         print(f"{output}: nothing is scored yet", file=sys.stderr)
         raise typer.Exit(1)
+    before = {scored["steps"]: scored for scored in found if scored["model"] == UNTOUCHED}
+    groups: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
+    for scored in found:
+        name = re.sub(r"-seed\d+$", "", scored["model"]) if pool else scored["model"]
+        groups[name, scored["steps"]].append(scored)
+    rows = [
+        {"model": name, "steps": steps, "trainings": len(group)} | summary(group, before[steps])
+        for (name, steps), group in groups.items()
+    ]
     if as_json:
         print(json.dumps(rows))
         return
-    columns = ("subject", "subject_shown", "subject_new", *world.TASKS, "kept", "sharpness")
-    print(f"| model | steps | {' | '.join(columns)} |\n|---|---|{'---|' * len(columns)}")
+    columns = [name for name in rows[0] if name not in ("model", "steps", "trainings")]
+    print(f"| model | trainings | steps | {' | '.join(columns)} |\n|---|---|---|{'---|' * len(columns)}")
     for row in sorted(rows, key=lambda row: (row["steps"], row["model"])):
         cells = [f"{row[c][0]:.3f} ({row[c][1]:.3f}-{row[c][2]:.3f})" if row[c] else "" for c in columns]
-        print(f"| {row['model']} | {row['steps']} | {' | '.join(cells)} |")
+        print(f"| {row['model']} | {row['trainings']} | {row['steps']} | {' | '.join(cells)} |")
 
 
-def summary(scored: dict[str, Any], output: Path) -> dict[str, Any]:
-    """Means with intervals; kept and sharpness, of the three tasks, are shares of the untouched model's at these steps.
+def summary(group: list[dict[str, Any]], before: dict[str, Any]) -> dict[str, Any]:
+    """Means with intervals, over what is asked and trainings; kept and the sharpnesses are shares of `before`'s.
 
-    subject_shown and subject_new are of things that the pictures show and of things that they do not.
+    subject_shown and subject_new are of things that the pictures show and of things that they do not; kept and
+    sharpness are of the three tasks, subject_sharpness of the set's held-out prompts.
     """
-    row: dict[str, Any] = {"model": scored["model"], "steps": scored["steps"]}
-    subject, shown, asked = np.array(scored["subject"]), np.array(scored["shown"]), np.array(asked_in(scored))
+    row: dict[str, Any] = {}
+    subject, shown = np.array([scored["subject"] for scored in group]), np.array(before["shown"])
+    asked = asked_in(group[0])
     for name, kept in (("subject", shown | True), ("subject_shown", shown), ("subject_new", ~shown)):
-        row[name] = with_interval(subject[kept], asked[kept].tolist()) if kept.any() else None
-    kinds = {task: asked_of(held_out(task, len(scored[task]))) for task in world.TASKS}
+        of_kept = [one for one, is_kept in zip(asked, kept, strict=True) if is_kept]
+        row[name] = with_interval(subject[:, kept], of_kept) if kept.any() else None
+    kinds = {task: asked_of(held_out(task, len(before[task]))) for task in world.TASKS}
     for task in world.TASKS:
-        row[task] = with_interval(scored[task], kinds[task])
+        row[task] = with_interval(np.array([scored[task] for scored in group]), kinds[task])
     together = [(task, one) for task in world.TASKS for one in kinds[task]]
-    file = output / "scores" / f"{UNTOUCHED}--{scored['steps']}-steps.json"
-    before = json.loads(file.read_text())
-    for name, key in (("kept", None), ("sharpness", "sharpness")):
-        now, then = ([v for t in world.TASKS for v in s[t]] if key is None else s[key] for s in (scored, before))
-        row[name] = ratio_interval(now, then, groups=together)
+    kept = [[value for task in world.TASKS for value in scored[task]] for scored in [*group, before]]
+    row["kept"] = ratio_interval(kept[:-1], kept[-1], groups=together)
+    for name, asked_for in (("sharpness", together), ("subject_sharpness", asked)):
+        row[name] = ratio_interval([scored[name] for scored in group], before[name], groups=asked_for)
     return row
 
 

@@ -87,15 +87,30 @@ def test_intervals_are_over_what_is_asked_and_over_prompts_where_a_file_does_not
     right = [float(n % 12 < 6) for n in range(36)]  # twelve prompts of two things, three noises each
     things = ["cat" if n % 12 < 6 else "dog" for n in range(36)]
     scored = {"model": world_tune.UNTOUCHED, "steps": 4, "subject": right, "shown": [True] * 36}
-    scored |= {"sharpness": [1.0] * 6} | {task: [1.0, 0.0] for task in TASKS}
-    (tmp_path / "scores" / f"{world_tune.UNTOUCHED}--4-steps.json").write_text(json.dumps(scored))
-    by_thing = world_tune.summary(scored | {"asked": things}, tmp_path)
+    scored |= {"sharpness": [1.0] * 6, "subject_sharpness": [0.5] * 36} | {task: [1.0, 0.0] for task in TASKS}
+    by_thing = world_tune.summary([scored | {"asked": things}], scored)
     assert by_thing["subject"] == by_thing["subject_shown"] == (0.5, 0.0, 1.0) and by_thing["subject_new"] is None
     assert capsys.readouterr().err == ""
-    by_prompt = world_tune.summary(scored, tmp_path)
+    by_prompt = world_tune.summary([scored], scored)
     assert by_prompt["subject"] == (0.5, *world_tune.bootstrap_interval(right, groups=[n % 12 for n in range(36)]))
     assert "do not say what was asked" in capsys.readouterr().err
-    assert by_prompt["kept"] == (1.0, 1.0, 1.0)
+    assert by_prompt["kept"] == by_prompt["subject_sharpness"] == (1.0, 1.0, 1.0)
+
+
+def test_seeds_of_a_run_are_pooled_into_one_row(tmp_path):
+    (tmp_path / "scores").mkdir()
+    common = {"steps": 4, "shown": [True, False], "asked": ["cat", "dog"], "sharpness": [1.0] * 6}
+    common |= {"subject_sharpness": [0.5, 0.5]} | {task: [1.0, 1.0] for task in TASKS}
+    runs = {world_tune.UNTOUCHED: [0.0, 0.0], "sft-seed0": [1.0, 0.0], "sft-seed1": [1.0, 1.0]}
+    for name, subject in runs.items():
+        scored = common | {"model": name, "subject": subject}
+        (tmp_path / "scores" / f"{name}--4-steps.json").write_text(json.dumps(scored))
+    told = CliRunner().invoke(world_tune.app, ["table", "--output", str(tmp_path), "--pool", "--json"])
+    sft, untouched = json.loads(told.output)
+    assert (sft["model"], sft["trainings"], untouched["trainings"]) == ("sft", 2, 1)
+    assert (sft["subject"][0], sft["subject_shown"][0], sft["subject_new"][0]) == (0.75, 1.0, 0.5)
+    each = json.loads(CliRunner().invoke(world_tune.app, ["table", "--output", str(tmp_path), "--json"]).output)
+    assert [row["subject"][0] for row in each] == [0.5, 1.0, 0.0]
 
 
 def test_all_rows_of_scores_make_one_grid(tmp_path):
