@@ -3,7 +3,7 @@
     python scripts/world_tune_data.py --output DATA --pipeline MODEL
     python scripts/world_tune.py run   --data DATA/word --output DIR --method d-opsd --method sft --rate 1e-3 --seed 0
     python scripts/world_tune.py score --data DATA/word --output DIR [--steps 4 --steps 50] [--prompts 100]
-    python scripts/world_tune.py table --output DIR [--json]
+    python scripts/world_tune.py table --output DIR [--pool] [--json]
 
 `run` starts one `diffopd tune` after the other, each in DIR/<name> (a finished one is kept, an unfinished one goes on);
 the options are combined, further settings come by --set and name the run by --label. `score` draws the untouched model
@@ -28,7 +28,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
-from PIL import Image
+from PIL import Image, ImageDraw
 from world_data import sample, save_sheet
 from world_models import ROOT, world
 from world_tune_data import KNOWN, WORDS
@@ -159,6 +159,28 @@ def draw_grid(output: Path, steps: list[int]) -> None:
     rows = [np.asarray(Image.open(path).convert("RGB")) for path in files]
     Image.fromarray(np.concatenate(rows)).save(output / "grid.png")
     print(f"{output / 'grid.png'}, from above: " + "; ".join(path.stem for path in files))
+
+
+@app.command()
+def picture(
+    output: Output,
+    to: Annotated[Path, typer.Option(help="file to write")],
+    model: Annotated[list[str], typer.Option(help="a scored run, or untouched; once for each row, from above")],
+    heading: Annotated[list[str], typer.Option(help="what stands before each row")],
+    steps: Annotated[int, typer.Option(help="of the drawings")] = 4,
+) -> None:
+    """Draw chosen rows of what is scored under each other."""
+    files = [output / "scores" / f"{name}--{steps}-steps.png" for name in model]
+    missing = next((file for file in files if not file.is_file()), None)
+    if missing or len(heading) != len(files):
+        raise typer.BadParameter(f"{missing} is not there" if missing else "give one --heading for each --model")
+    rows = [Image.open(file).convert("RGB") for file in files]
+    margin = 12 + max(len(text) for text in heading) * 6
+    page = Image.new("RGB", (margin + rows[0].width, sum(row.height for row in rows)), "white")
+    for number, (row, text) in enumerate(zip(rows, heading, strict=True)):
+        page.paste(row, (margin, number * row.height))
+        ImageDraw.Draw(page).text((4, int((number + 0.45) * row.height)), text, fill="black")
+    page.save(to)
 
 
 @app.command()

@@ -120,3 +120,16 @@ def test_all_rows_of_scores_make_one_grid(tmp_path):
     world_tune.draw_grid(tmp_path, [4])
     grid = np.asarray(Image.open(tmp_path / "grid.png"))
     assert grid.shape == (8, 8, 3) and (grid[:4] == 10).all() and (grid[4:] == 20).all()
+
+
+def test_chosen_rows_are_drawn_under_each_other_behind_their_headings(tmp_path):
+    (tmp_path / "scores").mkdir()
+    for name, shade in (("one--4-steps", 10), ("two--4-steps", 20), ("three--4-steps", 30)):
+        Image.new("RGB", (8, 40), (shade,) * 3).save(tmp_path / "scores" / f"{name}.png")
+    words = ["picture", "--output", str(tmp_path), "--to", str(tmp_path / "page.png"), "--model", "three"]
+    words += ["--model", "one", "--heading", "third"]
+    assert CliRunner().invoke(world_tune.app, words).exit_code == 2
+    assert CliRunner().invoke(world_tune.app, [*words, "--heading", "first"]).exit_code == 0
+    page = np.asarray(Image.open(tmp_path / "page.png"))
+    assert page.shape[0] == 80 and (page[:40, -8:] == 30).all() and (page[40:, -8:] == 10).all()
+    assert (page[:40, :-8] < 128).any() and (page[40:, :-8] < 128).any()
