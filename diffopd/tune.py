@@ -279,7 +279,7 @@ def _card(asked: TuneRecipe, name: str, form: str) -> str:
         "guidance_scale": student.guidance_scale,
         "num_inference_steps": student.num_inference_steps,
         "reward": "closeness.py:closeness",
-        "license": asked.images.license,
+        "license": "that of the base" if name == PRIOR else asked.images.license,
     }
     lines = [f"{key} = {json.dumps(value, ensure_ascii=False)}" for key, value in settings.items()]
     prompts = ["", "[prompts]", 'train = "prompts/train.jsonl"', 'test = "prompts/test.jsonl"']
