@@ -25,7 +25,7 @@ import torch.nn.functional as F
 import typer
 import world_data
 from world_image import SCENES, Pool, State
-from world_image_models import ImagePath
+from world_image_models import ImagePath, open_frozen
 from world_looks import Group, draw_group, find_objects
 from world_models import build_scheduler
 from world_training import Device, Output, Workers, cosine, drawn_ahead, log_row, prepare
@@ -110,12 +110,8 @@ def train(
     workers: Workers = 0,
 ) -> None:
     """Trains the student's denoiser."""
-    from diffusers import StableDiffusionPipeline
-
     place = prepare(device)
-    pipe = StableDiffusionPipeline.from_pretrained(pipeline, torch_dtype=torch.float32)
-    for part in (pipe.vae, pipe.text_encoder, pipe.unet):
-        part.requires_grad_(False).eval()
+    pipe = open_frozen(pipeline)
     student = ImagePath(pipe, begin_from=pipeline, denoiser=True)
     pipe.to(place)
     for part in ("encoder", "projection", "attention"):

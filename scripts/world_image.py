@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 import typer
 import world_data
-from world_image_models import ImagePath, normalized, save_image_path
+from world_image_models import ImagePath, normalized, open_frozen, save_image_path
 from world_image_sheet import IMAGE_PATH, sheet
 from world_looks import Group, draw_group, find_objects
 from world_models import ROOT, build_scheduler, world
@@ -192,13 +192,9 @@ def train(
     workers: Workers = 0,
 ) -> None:
     """Trains encoder and adapter on the frozen base, or, with base rows, its denoiser as well."""
-    from diffusers import StableDiffusionPipeline
-
     place = prepare(device)
     output.mkdir(parents=True, exist_ok=True)
-    pipe = StableDiffusionPipeline.from_pretrained(pipeline, torch_dtype=torch.float32)
-    for part in (pipe.vae, pipe.text_encoder, pipe.unet):
-        part.requires_grad_(False).eval()
+    pipe = open_frozen(pipeline)
     model = ImagePath(pipe, begin_from=begin_from, denoiser=base_rows > 0)
     pipe.to(place)
     state = State(model)

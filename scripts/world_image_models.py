@@ -38,6 +38,16 @@ def build_image_encoder() -> nn.Module:
     return encoder
 
 
+def open_frozen(pipeline: Path) -> Any:
+    """A stock pipeline in float32 whose networks stand still."""
+    from diffusers import StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained(pipeline, torch_dtype=torch.float32)
+    for part in (pipe.vae, pipe.text_encoder, pipe.unet):
+        part.requires_grad_(False).eval()
+    return pipe
+
+
 def adapter_weights(unet: nn.Module) -> dict[str, dict[str, torch.Tensor]]:
     """An untrained adapter of all hidden states ("full"), in the keys of its file.
 

@@ -4,6 +4,7 @@
     python scripts/world_tune.py run   --data DATA/word --output DIR --method d-opsd --method sft --rate 1e-3 --seed 0
     python scripts/world_tune.py score --data DATA/word --output DIR [--steps 4 --steps 50] [--prompts 100]
     python scripts/world_tune.py table --output DIR [--pool] [--json]
+    python scripts/world_tune.py teacher --data DATA/manner
 
 `run` starts one `diffopd tune` after the other, each in DIR/<name> (a finished one is kept, an unfinished one goes on);
 the options are combined, further settings come by --set and name the run by --label. `score` draws the untouched model
@@ -30,12 +31,15 @@ import torch
 import typer
 from PIL import Image, ImageDraw
 from world_data import sample, save_sheet
+from world_image_sheet import draw_from, open_with_image_path
 from world_models import ROOT, world
 from world_tune_data import KNOWN, WORDS
 
 from diffopd.data import PromptRow, asked_of, read_prompts
 from diffopd.drawing import sharpness
+from diffopd.images import read_pictures
 from diffopd.load import load_pipeline, student_pipeline
+from diffopd.locate import find_pipeline
 from diffopd.metrics import bootstrap_interval, diversity, ratio_interval
 from diffopd.run_folder import atomic_write
 from diffopd.tune_recipe import read_tune_recipe
@@ -159,6 +163,31 @@ def draw_grid(output: Path, steps: list[int]) -> None:
     rows = [np.asarray(Image.open(path).convert("RGB")) for path in files]
     Image.fromarray(np.concatenate(rows)).save(output / "grid.png")
     print(f"{output / 'grid.png'}, from above: " + "; ".join(path.stem for path in files))
+
+
+@app.command()
+def teacher(
+    data: Data,
+    noises: Annotated[int, typer.Option(help="drawings of each picture")] = 4,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of a line")] = False,
+) -> None:
+    """Share of the set's own pictures that the untouched model draws in the new manner, told as the teacher is told."""
+    if data.name != "manner":
+        raise typer.BadParameter(f"{data}: only the set of the new manner has such a scorer")
+    torch.set_num_threads(1)
+    asked = read_tune_recipe(str(data / "tune.toml"), None, None)
+    folder, shown = find_pipeline(asked.student.pretrained_model_name_or_path), read_pictures(data)
+    pipe = open_with_image_path(folder, folder)
+    pipe.set_ip_adapter_scale(asked.context.scale)
+    captions = [one.caption for one in shown]
+    pixels = np.stack([np.asarray(Image.open(one.path).convert("RGB")) for one in shown])
+    rows = [{"thing": next(thing for thing in world.THINGS if thing in caption)} for caption in captions]
+    call = asked.student.num_inference_steps, asked.teacher.guidance_scale
+    drawn = [draw_from(pipe, captions, pixels, *call, seed=seed) for seed in range(noises)]
+    scores = [unseen.new_manner([Image.fromarray(p) for p in one], captions, rows).mean() for one in drawn]
+    found = {"pictures": len(shown), "noises": [float(score) for score in scores], "mean": float(np.mean(scores))}
+    each = ", ".join(f"{score:.2f}" for score in scores)
+    print(json.dumps(found) if as_json else f"{found['mean']:.3f} of {len(shown)} pictures; by noise {each}")
 
 
 @app.command()
