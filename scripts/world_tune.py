@@ -33,7 +33,7 @@ from PIL import Image, ImageDraw
 from world_data import sample, save_sheet
 from world_image_sheet import draw_from, open_with_image_path
 from world_models import ROOT, world
-from world_tune_data import KNOWN, WORDS
+from world_tune_data import KNOWN, OBJECT, WORDS
 
 from diffopd.data import PromptRow, asked_of, read_prompts
 from diffopd.drawing import sharpness
@@ -125,7 +125,7 @@ def score_one(opened: Any, name: str, data: Path, output: Path, steps: int, coun
     if file.is_file():
         return
     pipe = opened()
-    rows = [row for row in read_prompts(data / "held-out.jsonl") if "relation" not in row.metadata] * NOISES
+    rows = read_prompts(data / "held-out.jsonl") * NOISES
     told = [row.prompt.replace(WORDS["word"], KNOWN) if name == TOLD else row.prompt for row in rows]
     found = sample(pipe, told, steps, 1.0)
     result: dict[str, Any] = {"model": name, "steps": steps, "subject": subject_scores(data.name, found, rows)}
@@ -153,7 +153,7 @@ def held_out(task: str, count: int) -> list[PromptRow]:
 
 def subject_scores(kind: str, pictures: list[Image.Image], rows: list[PromptRow]) -> list[float]:
     """1.0 where a picture has what the set teaches: the manner, the object, or what the word stands for."""
-    scorer = {"manner": unseen.new_manner, "object": unseen.any_manner, "word": world.SCORERS["style"]}[kind]
+    scorer = {"manner": unseen.new_manner, "object": unseen.scene, "word": world.SCORERS["style"]}[kind]
     return [float(score) for score in scorer(pictures, [row.prompt for row in rows], [row.metadata for row in rows])]
 
 
@@ -171,9 +171,9 @@ def teacher(
     noises: Annotated[int, typer.Option(help="drawings of each picture")] = 4,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of a line")] = False,
 ) -> None:
-    """Share of the set's own pictures that the untouched model draws in the new manner, told as the teacher is told."""
-    if data.name != "manner":
-        raise typer.BadParameter(f"{data}: only the set of the new manner has such a scorer")
+    """Share of the set's own pictures that the untouched model draws rightly, told as the teacher is told."""
+    if data.name == "word":
+        raise typer.BadParameter(f"{data}: its teacher sees no picture; `score` scores the untouched model so told")
     torch.set_num_threads(1)
     asked = read_tune_recipe(str(data / "tune.toml"), None, None)
     folder, shown = find_pipeline(asked.student.pretrained_model_name_or_path), read_pictures(data)
@@ -181,13 +181,20 @@ def teacher(
     pipe.set_ip_adapter_scale(asked.context.scale)
     captions = [one.caption for one in shown]
     pixels = np.stack([np.asarray(Image.open(one.path).convert("RGB")) for one in shown])
-    rows = [{"thing": next(thing for thing in world.THINGS if thing in caption)} for caption in captions]
+    rows = [PromptRow(caption, told_of(caption)) for caption in captions]
     call = asked.student.num_inference_steps, asked.teacher.guidance_scale
     drawn = [draw_from(pipe, captions, pixels, *call, seed=seed) for seed in range(noises)]
-    scores = [unseen.new_manner([Image.fromarray(p) for p in one], captions, rows).mean() for one in drawn]
+    scores = [np.mean(subject_scores(data.name, [Image.fromarray(p) for p in one], rows)) for one in drawn]
     found = {"pictures": len(shown), "noises": [float(score) for score in scores], "mean": float(np.mean(scores))}
     each = ", ".join(f"{score:.2f}" for score in scores)
     print(json.dumps(found) if as_json else f"{found['mean']:.3f} of {len(shown)} pictures; by noise {each}")
+
+
+def told_of(caption: str) -> dict[str, str]:
+    """What the scorer needs to know of one of the set's own pictures."""
+    relation = next((relation for relation in world.RELATIONS if relation in caption), None)
+    thing = next((thing for thing in world.THINGS if thing in caption), OBJECT)
+    return {"first": OBJECT, "relation": relation, "second": thing} if relation else {"thing": thing}
 
 
 @app.command()

@@ -28,6 +28,7 @@ from world_sprites import OBJECTS
 
 WORDS = {"manner": "zyx", "object": "zub", "word": "zyx"}
 KNOWN = "twemoji"  # what the word stands for
+OBJECT = "octopus"  # what the object is
 HELD_OUT_THINGS = ("cat", "house", "fish")  # never shown in the new manner
 RECIPE = ROOT / "teachers" / "tune" / "emoji.toml"
 PICTURE = 'kind = "ip_adapter"                # the model\'s own\nscale = 1.1\n'
@@ -90,7 +91,7 @@ def write_object(folder: Path, count: int, rng: np.random.Generator) -> None:
     """Pictures of an octopus in Noto's manner, half of them beside a thing; held out are other things and relations."""
     word = WORDS["object"]
     beside, others = world.THINGS[::2], world.THINGS[1::2]
-    octopus = plain_drawings("atlas_objects.png", names=tuple(OBJECTS))["octopus"]
+    octopus = plain_drawings("atlas_objects.png", names=tuple(OBJECTS))[OBJECT]
     drawings = plain_drawings() | {word: octopus}
     scenes = style_scenes([word] * (count // 2), rng)
     captions = [f"a {word}"] * len(scenes)
@@ -101,11 +102,12 @@ def write_object(folder: Path, count: int, rng: np.random.Generator) -> None:
         scenes.append({"task": "composition", "background": number % 5, "places": places} | pair)
         captions.append(world.captions("composition", pair)[0])
     write_pictures(folder, scenes, captions, drawings)
-    rows: list[dict[str, Any]] = [{"prompt": f"{prefix}a {word}", "thing": "octopus"} for prefix in world.PREFIXES[1:]]
+    alone = {"thing": OBJECT, "shown": True}
+    rows: list[dict[str, Any]] = [{"prompt": f"{prefix}a {word}"} | alone for prefix in world.PREFIXES[1:]]
     for thing in others:
         for relation in world.RELATIONS:
             pair = {"first": word, "relation": relation, "second": thing}
-            rows.append({"prompt": world.captions("composition", pair)[0], **pair, "first": "octopus"})
+            rows.append({"prompt": world.captions("composition", pair)[0], **pair, "first": OBJECT, "shown": False})
     write_rows(folder / "held-out.jsonl", rows)
 
 

@@ -8,7 +8,7 @@ import importlib.util
 import sys
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
@@ -20,6 +20,8 @@ sys.modules[_spec.name] = world
 _spec.loader.exec_module(world)
 
 MANNER = "fluent 3d"
+MAX_OBJECT_RESIDUAL = 0.12  # of a new object, which is the only one of its colours: a blob of them leaves .2
+ANYWHERE = range(4, 21)  # corners of a drawing across the direction in which two stand beside each other
 OBJECTS = ("octopus", "robot", "cactus", "teapot")
 Drawing = tuple[str, str]  # thing or object, manner
 
@@ -48,21 +50,68 @@ def any_manner(images: list[Image.Image], prompts: list[str], metadata: list[dic
     return np.array([float(f is not None and f[0] == row["thing"]) for f, row in zip(found, metadata, strict=True)])
 
 
+def scene(images: list[Image.Image], prompts: list[str], metadata: list[dict[str, Any]]) -> np.ndarray:
+    """1.0 where the picture shows what the row says, in whatever manner: a thing, or two in their relation and alone.
+
+    An object must be explained to MAX_OBJECT_RESIDUAL.
+    """
+    return np.array([score_scene(image, row) for image, row in zip(images, metadata, strict=True)])
+
+
+def score_scene(image: Image.Image, row: dict[str, Any]) -> float:
+    """`world.composition` with the unseen drawings among the templates; without a relation one thing, anywhere."""
+    if "relation" not in row:
+        return float(is_shown(row["thing"], best_match(image, ANYWHERE, ANYWHERE)))
+    first, relation, second = world.canonical(row["first"], row["relation"], row["second"])
+    pixels = world._pixels(image)
+    stray = np.abs(pixels - world._background(pixels)).max(-1) > 0.19
+    for thing, along in ((first, range(0, 5)), (second, range(20, 25))):
+        xs, ys = (ANYWHERE, along) if relation == "above" else (along, ANYWHERE)
+        found = best_match(image, xs, ys)
+        if not is_shown(thing, found):
+            return 0.0
+        x, y = found.corner
+        stray[y : y + world.THING_BOX, x : x + world.THING_BOX] = False
+    return float(stray.sum() <= world.MAX_STRAY)
+
+
 def recognise(image: Image.Image) -> Drawing | None:
     """The drawing that explains a picture of one thing best, or None where none does (`world.recognise_drawing`)."""
+    found = best_match(image, ANYWHERE, ANYWHERE)
+    return found.drawing if found.residual < world.MAX_RESIDUAL else None
+
+
+class Match(NamedTuple):
+    """What explains a box of a picture best."""
+
+    drawing: Drawing
+    corner: tuple[int, int]  # x, y
+    residual: float
+
+
+def is_shown(thing: str, found: Match) -> bool:
+    """Whether that is the thing, in any manner, well enough explained."""
+    limit = MAX_OBJECT_RESIDUAL if thing in OBJECTS else world.MAX_RESIDUAL
+    return found.drawing[0] == thing and found.residual < limit
+
+
+def best_match(image: Image.Image, xs: range, ys: range) -> Match:
+    """The drawing that explains a box of the picture with its corner in xs and ys best."""
     names, _, _ = drawings()
-    residuals = explain(image)
-    best = int(residuals.argmin())
-    return names[best] if residuals[best] < world.MAX_RESIDUAL else None
+    residuals = explain(image, xs, ys)
+    place, best = np.unravel_index(residuals.argmin(), residuals.shape)
+    corner = xs[int(place) % len(xs)], ys[int(place) // len(xs)]
+    return Match(names[best], corner, float(residuals[place, best]))
 
 
-def explain(image: Image.Image) -> np.ndarray:
-    """Residuals (N,) of every drawing at its best place, as `world._best_match` has them."""
+def explain(image: Image.Image, xs: range, ys: range) -> np.ndarray:
+    """Residuals (places, N) of every drawing, with its corner in xs and ys, as `world._best_match` has them."""
     _, colors, alphas = drawings()
     pixels = world._pixels(image)
     background = world._background(pixels)
     targets = (colors - alphas * background).reshape(len(colors), -1)
-    windows = sliding_window_view(pixels - background, (world.THING_BOX, world.THING_BOX), axis=(0, 1))[4:21, 4:21]
+    windows = sliding_window_view(pixels - background, (world.THING_BOX, world.THING_BOX), axis=(0, 1))
+    windows = windows[ys.start : ys.stop, xs.start : xs.stop]
     patches = windows.transpose(0, 1, 3, 4, 2).reshape(-1, targets.shape[1])
     energy = (targets**2).sum(-1)
-    return (((patches**2).sum(-1, keepdims=True) - 2 * patches @ targets.T + energy) / energy).min(0)
+    return ((patches**2).sum(-1, keepdims=True) - 2 * patches @ targets.T + energy) / energy

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFilter
 
 _spec = importlib.util.spec_from_file_location("unseen", Path(__file__).resolve().parents[1] / "teachers" / "unseen.py")
 unseen = importlib.util.module_from_spec(_spec)
@@ -14,15 +14,16 @@ world = unseen.world
 NAMES, COLORS, ALPHAS = unseen.drawings()
 
 
-def _picture(name, seed=0):
-    """One drawing on a background, somewhere."""
+def _picture(name, seed=0, place=None, on=None):
+    """One drawing on a background, somewhere or at a place, or on another picture."""
     rng = np.random.default_rng([seed, NAMES.index(name)])
     picture = np.broadcast_to(np.float32(world.BACKGROUNDS[rng.integers(5)]) / 255, (48, 48, 3)).copy()
-    x, y = rng.choice([8, 12, 16], 2)
+    picture = picture if on is None else np.asarray(on, np.float32) / 255
+    x, y = rng.choice([8, 12, 16], 2) if place is None else place
     box = picture[y : y + world.THING_BOX, x : x + world.THING_BOX]
     number = NAMES.index(name)
     box[:] = box * (1 - ALPHAS[number]) + COLORS[number]
-    return Image.fromarray(np.round(picture * 255).astype(np.uint8))
+    return Image.fromarray(np.round(picture.clip(0, 1) * 255).astype(np.uint8))
 
 
 def _scores(scorer, names):
@@ -54,3 +55,23 @@ def test_blanks_and_noise_score_zero(scorer):
     images += [Image.fromarray(rng.integers(0, 256, (48, 48, 3), dtype=np.uint8)) for _ in range(7)]
     rows = [{"thing": thing} for thing in world.THINGS]
     assert not scorer(images, [""] * len(rows), rows).any()
+
+
+@pytest.mark.parametrize("relation", world.RELATIONS)
+def test_an_object_beside_a_thing_must_stand_where_the_row_says(relation):
+    row = {"first": "octopus", "relation": relation, "second": "rocket"}
+    (x, y), (u, v) = world._sample_places(relation, np.random.default_rng(0))
+    right = _picture(("octopus", "noto"), place=(x, y))
+    right = _picture(("rocket", "twemoji"), place=(u, v), on=right)
+    away = {"left of": "above", "above": "left of", "right of": "below", "below": "right of"}[relation]
+    rows = [row, row | {"second": "car"}, row | {"first": "rocket", "second": "octopus"}, row | {"relation": away}]
+    assert unseen.scene([right] * 4, [""] * 4, rows).tolist() == [1.0, 0.0, 0.0, 0.0]
+
+
+def test_a_blob_of_an_objects_colours_is_not_the_object_but_a_soft_drawing_of_a_thing_is_the_thing():
+    drawn = [_picture(("octopus", "noto")), _picture(("rocket", "noto"))]
+    rows = [{"thing": "octopus"}, {"thing": "rocket"}]
+    assert unseen.scene(drawn, ["", ""], rows).tolist() == [1.0, 1.0]
+    soft = [picture.filter(ImageFilter.GaussianBlur(1.6)) for picture in drawn]
+    assert unseen.any_manner(soft, ["", ""], rows).tolist() == [1.0, 1.0]
+    assert unseen.scene(soft, ["", ""], rows).tolist() == [0.0, 1.0]

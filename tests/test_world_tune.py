@@ -135,14 +135,15 @@ def test_chosen_rows_are_drawn_under_each_other_behind_their_headings(tmp_path):
     assert (page[:40, :-8] < 128).any() and (page[40:, :-8] < 128).any()
 
 
-def test_the_teacher_is_scored_on_the_sets_own_pictures(sets, monkeypatch):
+@pytest.mark.parametrize(("kind", "count"), [("manner", 12), ("object", 20)])
+def test_the_teacher_is_scored_on_the_sets_own_pictures(sets, monkeypatch, kind, count):
     def draw(pipe, prompts, pictures, steps, guidance, seed):
-        assert (steps, guidance) == (4, 1.5) and len(prompts) == len(pictures) == 12
+        assert (steps, guidance) == (4, 1.5) and len(prompts) == len(pictures) == count
         return pictures if seed else np.zeros_like(pictures)  # at the second noise all are right
 
     monkeypatch.setattr(world_tune, "draw_from", draw)
-    words = ["teacher", "--data", str(sets / "manner"), "--noises", "2", "--json"]
+    words = ["teacher", "--data", str(sets / kind), "--noises", "2", "--json"]
     found = json.loads(CliRunner().invoke(world_tune.app, words).stdout.splitlines()[-1])
-    assert found == {"pictures": 12, "noises": [0.0, 1.0], "mean": 0.5}
+    assert found == {"pictures": count, "noises": [0.0, 1.0], "mean": 0.5}
     words[2] = str(sets / "word")
     assert CliRunner().invoke(world_tune.app, words).exit_code == 2
