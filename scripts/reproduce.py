@@ -6,7 +6,7 @@
 
 The same command goes on where it was: finished runs and scores are kept, an unfinished run is resumed. Pages go to
 docs/results, with the command, seeds, versions and machine that made them. Claims: 1 methods, 2 gradients, 3 choices
-(3-solvers: the part without training), 4 fine-tuning (its commands only), 5 teachers from rewards.
+(3-solvers: the part without training), 4 fine-tuning (300 updates, whatever --seconds says), 5 teachers from rewards.
 """
 
 from pathlib import Path

@@ -15,6 +15,7 @@ import reproduce_texts as texts
 from reproduce_pages import Page, Plot, Table, lines, spread
 from reproduce_runs import Cost, Setup, adapter_within, costs, distill, kept, last_adapter, teach, updates_of
 from reproduce_scores import DEPLOYED, NATIVE, TASKS, Scorer, drawn_by_teachers, mean_of
+from reproduce_tuning import fine_tuning
 
 from diffopd.recipe import read_recipe
 
@@ -281,14 +282,6 @@ def reward_teachers(setup: Setup, scorer: Scorer) -> Page | None:
     return Page("5-rewards", "Teachers from their reward alone", texts.REWARDS, [table], [plot], {"curves": curves})
 
 
-def fine_tuning(setup: Setup, scorer: Scorer) -> Page | None:
-    """Claim 4: its commands. They need pictures of the user's, and another command than the other claims."""
-    for name, options in TUNING.items():
-        for seed in setup.seeds:
-            print(f"diffopd tune --model MODEL --images FOLDER {options} --set seed={seed}  # {name}")
-    return None
-
-
 def _geometric(values: Sequence[float]) -> float:
     return math.exp(sum(map(math.log, values)) / len(values))
 
@@ -301,13 +294,6 @@ def _data(rows: Sequence[Sequence[Any]]) -> list[list[Any]]:
     return [list(row) for row in rows]
 
 
-TUNING = {
-    "D-OPSD": "--method d-opsd",
-    "SFT": "--method sft",
-    "DreamBooth": "--method dreambooth --set 'prior.class_prompt=\"CLASS\"'",
-    "frozen teacher": "--method d-opsd --set teacher.weights=frozen",
-    "live teacher": "--method d-opsd --set teacher.weights=live",
-}
 WALKS = {
     "its own scheduler (DDIM)": ("native", 0.0),
     "DDIM, eta .3": ("ddim", 0.3),

@@ -127,6 +127,20 @@ def lines(
     return draw
 
 
+def dots(series: dict[str, Sequence[tuple[float, float]]], x: str, y: str) -> Callable[[Any], None]:
+    """A drawing of named points."""
+
+    def draw(axes: Any) -> None:
+        marks = "osD^vP*Xph"
+        for number, (label, points) in enumerate(series.items()):
+            look = {"color": COLORS[number % len(COLORS)], "marker": marks[number % len(marks)]}
+            axes.scatter(*zip(*points, strict=True), label=label, s=28, **look)
+        axes.set(xlabel=x, ylabel=y)
+        axes.legend(frameon=False, fontsize="small")
+
+    return draw
+
+
 def spread(values: Sequence[float]) -> str:
     """Mean over seeds, with their range where there are several."""
     mean = sum(values) / len(values)

@@ -34,3 +34,19 @@ From the base, by the world's scorer alone (text by the share of right letters):
 (2505.05470), GRPO-Guard (2510.22319), with the settings of `teachers/*/nft.toml` and `grpo.toml`. Sampled without
 guidance in 8 steps; scored as the card deploys the teacher.
 """
+TUNING = """\
+D-OPSD (arXiv:2605.05204) says that a step-distilled model learns new pictures on its own walk, taught by itself with
+the picture in view, without losing its few steps or what it knew; fine-tuning it in the ordinary way makes its few-step
+pictures mush. Measured on the embedded world's `emoji-4-steps`: the untouched model and what came of each training,
+drawn in its 4 steps from prompts that are not in the set, three noises each (and in 50 steps, one training of a method,
+20 held-out prompts a task). *subject*: share of drawings that are what the set teaches, by an exact scorer;
+*composition*, *text*, *style*: mean score on 100 held-out prompts of each of the world's tasks, *kept* their share of
+the untouched model's, *sharpness* of those drawings likewise, *subject_sharpness* of the set's own prompts'. 95 %
+intervals over what is asked and trainings. `docs/tune.md` says how the settings were found; they were tried on the set
+"manner" and on these prompts.
+"""
+SETS = {
+    "manner": "30 pictures in a manner that no training has seen (Fluent 3D). The teacher sees them by an IP-Adapter.",
+    "word": "30 pictures in a manner that it knows, under a new word. The teacher is told the known word (no picture).",
+    "object": "20 pictures of an octopus, alone and beside things. Its IP-Adapter draws no octopus but a blob.",
+}

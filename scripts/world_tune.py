@@ -226,19 +226,10 @@ def table(
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of a table")] = False,
 ) -> None:
     """Collect what is scored."""
-    found = [json.loads(path.read_text()) for path in sorted((output / "scores").glob("*.json"))]
-    if not found:
+    rows = collected(output, pool=pool)
+    if not rows:
         print(f"{output}: nothing is scored yet", file=sys.stderr)
         raise typer.Exit(1)
-    before = {scored["steps"]: scored for scored in found if scored["model"] == UNTOUCHED}
-    groups: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
-    for scored in found:
-        name = re.sub(r"-seed\d+$", "", scored["model"]) if pool else scored["model"]
-        groups[name, scored["steps"]].append(scored)
-    rows = [
-        {"model": name, "steps": steps, "trainings": len(group)} | summary(group, before[steps])
-        for (name, steps), group in groups.items()
-    ]
     if as_json:
         print(json.dumps(rows))
         return
@@ -247,6 +238,20 @@ def table(
     for row in sorted(rows, key=lambda row: (row["steps"], row["model"])):
         cells = [f"{row[c][0]:.3f} ({row[c][1]:.3f}-{row[c][2]:.3f})" if row[c] else "" for c in columns]
         print(f"| {row['model']} | {row['trainings']} | {row['steps']} | {' | '.join(cells)} |")
+
+
+def collected(output: Path, *, pool: bool) -> list[dict[str, Any]]:
+    """A row for each model (pool: for all seeds of a run) and number of steps that is scored, as `summary` has it."""
+    found = [json.loads(path.read_text()) for path in sorted((output / "scores").glob("*.json"))]
+    before = {scored["steps"]: scored for scored in found if scored["model"] == UNTOUCHED}
+    groups: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
+    for scored in found:
+        name = re.sub(r"-seed\d+$", "", scored["model"]) if pool else scored["model"]
+        groups[name, scored["steps"]].append(scored)
+    return [
+        {"model": name, "steps": steps, "trainings": len(group)} | summary(group, before[steps])
+        for (name, steps), group in groups.items()
+    ]
 
 
 def summary(group: list[dict[str, Any]], before: dict[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from diffopd.prediction import Prediction, Proposal, Step, Transition
 from diffopd.preflight import check
 from diffopd.recipe import read_recipe
 from diffopd.teach_recipe import read_teach_recipe
+from diffopd.tune_recipe import read_tune_recipe
 
 ROOT = Path(__file__).parents[1]
 
@@ -151,6 +152,27 @@ def test_runs_are_given_one_core_as_the_pages_say(monkeypatch, tmp_path):
     assert given[0]["OMP_NUM_THREADS"] == "1"
 
 
+def test_the_trainings_of_claim_4_are_valid_and_none_is_named_like_another(capsys, tmp_path):
+    import world_tune
+    import world_tune_data
+    from reproduce import main
+
+    main("4", "0,1", 60.0, 2, tmp_path, tmp_path, False, True)
+    lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
+    listed = {shlex.join(line) for line in lines}
+    assert len(listed) == len(lines) == 14 and all(line[1:3] == ["scripts/world_tune.py", "run"] for line in lines)
+    world_tune_data.main(tmp_path / "sets", pipeline="emoji-4-steps", pictures=12, seed=0)
+    names = set()
+    for line in lines:
+        told = {key: [b for a, b in zip(line, line[1:], strict=False) if a == key] for key in line if key[:2] == "--"}
+        data, (method,) = Path(told["--data"][0]), told["--method"]
+        recipe = world_tune.recipe_for(data, method, tmp_path)
+        options = [f"method={json.dumps(method)}", *told.get("--set", [])]
+        assert read_tune_recipe(str(recipe), None, None, options).method == method
+        names.add((data.name, method, *told["--rate"], *told.get("--label", [])))
+    assert len(names) == len(lines)
+
+
 def test_every_choice_of_claim_3_can_be_walked():
     from reproduce_claims import CHOICES
 
@@ -184,21 +206,23 @@ def test_a_budget_of_network_calls_picks_the_last_checkpoint_within_it(tmp_path)
 
 def test_a_page_holds_its_tables_its_plot_and_what_made_it(tmp_path):
     pytest.importorskip("matplotlib")
-    from reproduce_pages import Page, Plot, Table, lines, made_by, spread, write
+    from reproduce_pages import Page, Plot, Table, dots, lines, made_by, spread, write
 
     table = Table("Scores.", ["method", "score"], [["one", 0.51234], ["two", spread([0.5, 0.7])]])
+    cloud = Plot("cloud", "Here and there.", dots({"a": [(0.5, 2.0)], "b": [(1.0, 1.0), (0.9, 2.0)]}, "kept", "new"))
     plot = Plot("curve", "Falls.", lines({"a": [(0, 2.0), (1, 1.0)]}, "update", "loss", log_y=True))
-    page = Page("9-page", "A page", "What it says.", [table], [plot], {"a": 1})
+    page = Page("9-page", "A page", "What it says.", [table], [plot, cloud], {"a": 1})
     text = write(page, tmp_path, made_by(["--claims", "9"], [0, 1])).read_text()
     for part in ("# A page", "| one | 0.512 |", "| two | 0.600 (0.500 to 0.700) |", "9-page-curve.png", "--claims 9"):
         assert part in text
     stored = json.loads((tmp_path / "9-page.json").read_text())
     assert stored["tables"][0]["rows"][0] == ["one", 0.51234] and stored["made_by"]["seeds"] == [0, 1]
-    assert (tmp_path / "9-page-curve.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("curve", "cloud"):
+        assert (tmp_path / f"9-page-{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("claim", ["1", "2", "3-solvers", "5"])
+@pytest.mark.parametrize("claim", ["1", "2", "3-solvers", "4", "5"])
 def test_a_claim_runs_from_end_to_end_and_is_kept(claim, tmp_path, capsys):
     """Two updates of two pictures each on the embedded world: that everything fits, not what it measures."""
     pytest.importorskip("matplotlib")
