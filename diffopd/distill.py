@@ -7,7 +7,7 @@ state is compared and backed at once -> one reduction, one optimizer step. To re
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -337,17 +337,19 @@ def told_size(size: Size | None) -> dict[str, int]:
     return {"width": size[0], "height": size[1]} if size else {}
 
 
-def manner_of(recipe: Recipe, num_visits: int, update: int, slot: int, *rows: int) -> Manner:
+def manner_of(
+    recipe: Recipe, num_visits: int, update: int, slot: int, *rows: int, among: Sequence[int] | None = None
+) -> Manner:
     """How this micro-batch walks and is compared.
 
     Queries are drawn from (seed, update, slot): all micro-batches and processes of a task's turn supervise the same
     states, so that a gradient does not depend on how its batch is split. rows: further integers to draw from, where
-    each row of a batch has states of its own.
+    each row of a batch has states of its own. among: states that a random query draws from, else all.
     """
     objective = recipe.objective
     return Manner(
         objective=get_objective(objective.name, objective.final_step, recipe.student.solver),
-        indices=supervised_states(objective.query, num_visits, seed=(recipe.seed, update, slot, *rows)),
+        indices=supervised_states(objective.query, num_visits, seed=(recipe.seed, update, slot, *rows), among=among),
         solver=recipe.student.solver,
         noise_level=recipe.student.noise_level,
         substeps=objective.substeps,

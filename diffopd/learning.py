@@ -128,12 +128,17 @@ def learn(
         watch.evaluations[name] += count
 
 
+def noisy_steps(batch: Sampled) -> list[int]:
+    """The steps of recorded walks that drew noise."""
+    return [index for index, taken in enumerate(batch.taken) if taken.transition.std > LEAST_STD]
+
+
 def with_noise(batch: Sampled, indices: Collection[int]) -> list[int]:
     """The supervised states whose step drew noise: a step without has no density and teaches nothing.
 
     Raises UserError where none is left.
     """
-    kept = [index for index in indices if batch.taken[index].transition.std > LEAST_STD]
+    kept = [index for index in noisy_steps(batch) if index in indices]
     if not kept:
         raise UserError(
             f"objective.query supervises steps {sorted(indices)} of this walk, none of which draws noise: there is no "

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from diffopd.noise import permuted, uniform
 
 
-def supervised_states(query: str | dict[str, Any], num_visits: int, *, seed: tuple[int, ...]) -> list[int]:
+def supervised_states(
+    query: str | dict[str, Any], num_visits: int, *, seed: tuple[int, ...], among: Sequence[int] | None = None
+) -> list[int]:
     """State indices in [0, num_visits), increasing; a function of the query, the length and the seed integers.
 
     "all"; {"fraction": p}: the first max(1, floor(p K)), as the released DiffusionOPD trains the first 9 of 10;
     {"indices": [...]}; "one_low_noise": one index floor(K Beta(5, 2)), DanceOPD (arXiv:2606.27377); {"random": n}: n
-    different ones, uniformly. The rollout ends at the last of them. Raises ValueError for an unknown query or an index
-    outside the walk.
+    different ones, uniformly, or all where there are fewer. The rollout ends at the last of them. among: states that
+    {"random": n} draws from, else all. Raises ValueError for an unknown query or an index outside the walk.
     """
     if query == "all":
         return list(range(num_visits))
@@ -32,7 +35,9 @@ def supervised_states(query: str | dict[str, Any], num_visits: int, *, seed: tup
     if isinstance(query, dict) and set(query) == {"random"}:
         if query["random"] > num_visits:
             raise ValueError(f"query random = {query['random']} asks for more than the walk's {num_visits} states.")
-        return sorted(permuted(place, num_visits, "random states", *seed) for place in range(query["random"]))
+        pool = range(num_visits) if among is None else among
+        drawn = (permuted(place, len(pool), "random states", *seed) for place in range(min(query["random"], len(pool))))
+        return sorted(pool[place] for place in drawn)
     raise ValueError(
         f'query {query!r}; allowed are "all", "one_low_noise", {{fraction = p}}, {{indices = [..]}}, {{random = n}}.'
     )

@@ -21,7 +21,7 @@ from diffopd.distill import INITIAL, learning_rate_factor, manner_of
 from diffopd.drive import denoiser_of
 from diffopd.errors import UserError
 from diffopd.estimators import advantages, optimality
-from diffopd.learning import Measures, learn
+from diffopd.learning import Measures, learn, noisy_steps
 from diffopd.loop import INTERRUPTED, new_trained, one_fold, refuse_non_finite_norm, run_updates
 from diffopd.processes import on_this_gpu
 from diffopd.run_folder import RunFolder
@@ -204,13 +204,14 @@ def learn_part(
     run: TeachRun, update: int, step: int, part: Sampled, good: Tensor, count: int, measures: Measures, watch: Watch
 ) -> None:
     """Back one micro-batch of an update's optimizer step `step`, which is on `count` pictures."""
+    among = noisy_steps(part) if part.taken else None  # a random query that drew only others would teach nothing
     try:
         learn(
             run.sides,
             part,
             good.to(run.device),
             settings=run.recipe.estimator,
-            manner=manner_of(run.recipe, run.walk.num_visits, update, step),
+            manner=manner_of(run.recipe, run.walk.num_visits, update, step, among=among),
             place=run.walk.place,
             noise=lambda index: run.noise(update, LEARN - index, part.numbers),
             backward=lambda loss: (loss.sum() / count).backward(),

@@ -67,3 +67,6 @@ def test_random_states_are_different_uniform_and_a_function_of_the_seed():
     counts = [sum(index in states for states in draws) / len(draws) for index in range(10)]
     assert counts == pytest.approx([0.3] * 10, abs=0.04)
     assert supervised_states({"random": 10}, 10, seed=SEED) == list(range(10))
+    some = [supervised_states({"random": 2}, 10, seed=(7, update, 0), among=[1, 4, 5]) for update in range(60)]
+    assert {tuple(states) for states in some} == {(1, 4), (1, 5), (4, 5)}
+    assert supervised_states({"random": 4}, 10, seed=SEED, among=[1, 4, 5]) == [1, 4, 5]

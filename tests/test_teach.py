@@ -21,6 +21,7 @@ from diffopd.cli import app
 from diffopd.errors import UserError
 from diffopd.load import load_pipeline
 from diffopd.lock import at_work
+from diffopd.query import supervised_states
 from diffopd.run_folder import LOCK, RunFolder
 from diffopd.teach_check import check_teach
 from diffopd.teach_recipe import read_teach_recipe
@@ -200,6 +201,17 @@ def test_optimizer_steps_share_the_pictures_and_move_the_ratio_from_1(folder):
     assert once["network_calls"]["student"] == 12 * 2, "the last step draws no noise and is left out"
     twice = run(folder, *NOISY, "sampling.optimizer_steps=2", name="twice").metrics()[0]
     assert twice["clipped"] > 0 and twice["network_calls"] == once["network_calls"]
+
+
+def test_a_random_query_of_a_policy_gradient_draws_among_the_steps_that_have_noise(folder):
+    write(folder, "grpo", 4)
+    one = run(folder, *NOISY, "objective.query={random=1}", name="one")
+    seed = read_teach_recipe(str(folder)).seed
+    drawn = [supervised_states({"random": 1}, 3, seed=(seed, update, 0)) for update in range(4)]
+    assert [2] in drawn, "among all steps it would draw the last, which has none"
+    assert {row["network_calls"]["student"] for row in one.metrics() if row["kind"] == "update"} <= {12, 24}
+    three = run(folder, *NOISY, "objective.query={random=3}", "train.max_train_steps=1", name="three")
+    assert three.metrics()[0]["network_calls"]["student"] == 24
 
 
 def test_the_reward_is_computed_while_the_next_batch_is_sampled(folder, monkeypatch):
