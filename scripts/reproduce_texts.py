@@ -42,8 +42,8 @@ drawn in its 4 steps from prompts that are not in the set, three noises each (an
 20 held-out prompts a task). *subject*: share of drawings that are what the set teaches, by an exact scorer;
 *composition*, *text*, *style*: mean score on 100 held-out prompts of each of the world's tasks, *kept* their share of
 the untouched model's, *sharpness* of those drawings likewise, *subject_sharpness* of the set's own prompts'. 95 %
-intervals over what is asked and trainings. `docs/tune.md` says how the settings were found; they were tried on the set
-"manner" and on these prompts.
+intervals over what is asked and trainings. The settings were found on the set "manner" (`docs/tune.md`); what is
+reported here are other held-out prompts of the three tasks and other noise.
 """
 SETS = {
     "manner": "30 pictures in a manner that no training has seen (Fluent 3D). The teacher sees them by an IP-Adapter.",

@@ -18,6 +18,7 @@ from reproduce_runs import Setup
 UPDATES = 300
 QUICK = ["prior.num_pictures=2", "look.num_prompts=2", "evaluate.num_prompts=2", "train.batch_size=2"]
 FORGOTTEN = 100, 20  # held-out prompts of each of the world's tasks, in the deployed steps and in many
+START = 100  # first of them: those before it, and their noise, are what the recipe's settings were chosen by
 MANY = 50  # steps in which one training of each method is drawn as well
 CELLS = ("subject", *world_tune.world.TASKS, "kept", "sharpness", "subject_sharpness")
 
@@ -108,14 +109,14 @@ def _scored(setup: Setup, data: Path, ways: dict[str, Way]) -> list[dict[str, An
     few, many = (2, 2) if setup.quick else FORGOTTEN
     output, updates = _runs(setup, data), _updates(setup)
     with contextlib.redirect_stdout(sys.stderr):
-        world_tune.score_all(data, output, steps=[4], prompts=few)
+        world_tune.score_all(data, output, steps=[4], prompts=few, start=START)
         for way in ways.values():
             if way.is_drawn_in_many:
                 only = f"{way.run(updates)}-seed{setup.seeds[0]}"
-                world_tune.score_all(data, output, steps=[MANY], prompts=many, only=only)
+                world_tune.score_all(data, output, steps=[MANY], prompts=many, only=only, start=START)
     names = {way.run(updates): name for name, way in ways.items()} | {world_tune.UNTOUCHED: "untouched"}
     names[world_tune.TOLD] = world_tune.TOLD
-    rows = [row | {"name": names[row["model"]]} for row in world_tune.collected(output, pool=True)]
+    rows = [row | {"name": names[row["model"]]} for row in world_tune.collected(output, pool=True, start=START)]
     order = list(names.values())
     return sorted(rows, key=lambda row: (row["steps"], row["name"] not in order[-2:], order.index(row["name"])))
 
@@ -132,7 +133,7 @@ def _cell(value: tuple[float, float, float]) -> str:
 
 def _points(setup: Setup, ways: dict[str, Way]) -> dict[str, list[tuple[float, float]]]:
     """Of each way and training in the deployed steps: (kept, subject)."""
-    by_run = {row["model"]: row for row in world_tune.collected(setup.output / "tune-manner", pool=False)}
+    by_run = {row["model"]: row for row in world_tune.collected(setup.output / "tune-manner", pool=False, start=START)}
     points: dict[str, list[tuple[float, float]]] = {}
     for name, way in ways.items():
         found = [by_run.get(f"{way.run(_updates(setup))}-seed{seed}") for seed in setup.seeds]

@@ -48,6 +48,7 @@ app = typer.Typer(help=__doc__, no_args_is_help=True)
 Output = Annotated[Path, typer.Option(help="folder of the runs")]
 Data = Annotated[Path, typer.Option(help="one set of world_tune_data.py")]
 NOISES = 3  # drawings of each held-out prompt of the set
+Start = Annotated[int, typer.Option(help="first of the held-out prompts; it also seeds the noise")]
 UNTOUCHED, TOLD = "untouched", "untouched, told what the teacher is told"
 
 _spec = importlib.util.spec_from_file_location("unseen", ROOT / "teachers" / "unseen.py")
@@ -104,38 +105,53 @@ def score_all(
     steps: Annotated[list[int], typer.Option(help="numbers of steps, the first is the deployed one")] = [4, 50],  # noqa: B006
     prompts: Annotated[int, typer.Option(help="held-out prompts of each of the three tasks")] = 100,
     only: Annotated[str, typer.Option(help="of the runs, those whose name has this in it")] = "",
+    start: Start = 0,
 ) -> None:
-    """Score what is not scored yet, into DIR/scores/, and draw DIR/grid.png."""
+    """Score what is not scored yet, into DIR/scores/, and draw a grid.png of them.
+
+    With another --start than 0, on prompts and noise that no setting was chosen by: into DIR/scores-START/.
+    """
     torch.set_num_threads(1)
     model = read_tune_recipe(str(data / "tune.toml"), None, None).student.pretrained_model_name_or_path
-    (output / "scores").mkdir(parents=True, exist_ok=True)
+    target = scores_in(output, start)
+    target.mkdir(parents=True, exist_ok=True)
     runs = [path.parent for path in sorted(output.glob("*/report.html")) if only in path.parent.name]
     for count in steps:
-        score_one(lambda: load_pipeline(model), UNTOUCHED, data, output, count, prompts)
+        score_one(lambda: load_pipeline(model), UNTOUCHED, data, target, count, prompts, start)
         for folder in runs:
-            score_one(lambda folder=folder: student_pipeline(folder), folder.name, data, output, count, prompts)
+            score_one(lambda folder=folder: student_pipeline(folder), folder.name, data, target, count, prompts, start)
     if data.name == "word":
-        score_one(lambda: load_pipeline(model), TOLD, data, output, steps[0], prompts)
-    draw_grid(output, steps)
+        score_one(lambda: load_pipeline(model), TOLD, data, target, steps[0], prompts, start)
+    draw_grid(target, steps)
 
 
-def score_one(opened: Any, name: str, data: Path, output: Path, steps: int, count: int) -> None:
+def scores_in(output: Path, start: int) -> Path:
+    """The folder of scores on the held-out prompts from `start` on."""
+    return output / (f"scores-{start}" if start else "scores")
+
+
+def score_one(opened: Any, name: str, data: Path, target: Path, steps: int, count: int, start: int = 0) -> None:
     """One model at one number of steps, where it is not scored yet."""
-    file = output / "scores" / f"{name}--{steps}-steps.json"
+    file = target / f"{name}--{steps}-steps.json"
     if file.is_file():
         return
     pipe = opened()
     rows = read_prompts(data / "held-out.jsonl") * NOISES
     told = [row.prompt.replace(WORDS["word"], KNOWN) if name == TOLD else row.prompt for row in rows]
-    found = sample(pipe, told, steps, 1.0)
-    result: dict[str, Any] = {"model": name, "steps": steps, "subject": subject_scores(data.name, found, rows)}
+    found = sample(pipe, told, steps, 1.0, seed=start)
+    result: dict[str, Any] = {
+        "model": name,
+        "steps": steps,
+        "start": start,
+        "subject": subject_scores(data.name, found, rows),
+    }
     result |= {"asked": asked_of(rows), "shown": [bool(row.metadata.get("shown", True)) for row in rows]}
     result["subject_sharpness"] = [sharpness(picture) for picture in found]
     shown = found[:: max(1, len(found) // 12)][:12]
     result |= {"sharpness": [], "diversity": {}}
     for task in world.TASKS:
-        held = held_out(task, count)
-        drawn = sample(pipe, [row.prompt for row in held], steps, 1.0)
+        held = held_out(task, count, start)
+        drawn = sample(pipe, [row.prompt for row in held], steps, 1.0, seed=start)
         scores = world.SCORERS[task](drawn, [row.prompt for row in held], [row.metadata for row in held])
         result[task] = [float(score) for score in scores]
         result["sharpness"] += [sharpness(picture) for picture in drawn]
@@ -146,9 +162,9 @@ def score_one(opened: Any, name: str, data: Path, output: Path, steps: int, coun
     print(f"{name}, {steps} steps: subject {np.mean(result['subject']):.3f}", flush=True)
 
 
-def held_out(task: str, count: int) -> list[PromptRow]:
-    """The first held-out prompts of one of the world's tasks."""
-    return read_prompts(ROOT / "teachers" / task / "prompts" / "test.jsonl")[:count]
+def held_out(task: str, count: int, start: int = 0) -> list[PromptRow]:
+    """`count` held-out prompts of one of the world's tasks."""
+    return read_prompts(ROOT / "teachers" / task / "prompts" / "test.jsonl")[start : start + count]
 
 
 def subject_scores(kind: str, pictures: list[Image.Image], rows: list[PromptRow]) -> list[float]:
@@ -157,12 +173,12 @@ def subject_scores(kind: str, pictures: list[Image.Image], rows: list[PromptRow]
     return [float(score) for score in scorer(pictures, [row.prompt for row in rows], [row.metadata for row in rows])]
 
 
-def draw_grid(output: Path, steps: list[int]) -> None:
+def draw_grid(folder: Path, steps: list[int]) -> None:
     """One row of drawings for each score: twelve of the set's held-out prompts, four of each task."""
-    files = [path for count in steps for path in sorted((output / "scores").glob(f"*--{count}-steps.png"))]
+    files = [path for count in steps for path in sorted(folder.glob(f"*--{count}-steps.png"))]
     rows = [np.asarray(Image.open(path).convert("RGB")) for path in files]
-    Image.fromarray(np.concatenate(rows)).save(output / "grid.png")
-    print(f"{output / 'grid.png'}, from above: " + "; ".join(path.stem for path in files))
+    Image.fromarray(np.concatenate(rows)).save(folder / "grid.png")
+    print(f"{folder / 'grid.png'}, from above: " + "; ".join(path.stem for path in files))
 
 
 @app.command()
@@ -204,9 +220,10 @@ def picture(
     model: Annotated[list[str], typer.Option(help="a scored run, or untouched; once for each row, from above")],
     heading: Annotated[list[str], typer.Option(help="what stands before each row")],
     steps: Annotated[int, typer.Option(help="of the drawings")] = 4,
+    start: Start = 0,
 ) -> None:
     """Draw chosen rows of what is scored under each other."""
-    files = [output / "scores" / f"{name}--{steps}-steps.png" for name in model]
+    files = [scores_in(output, start) / f"{name}--{steps}-steps.png" for name in model]
     missing = next((file for file in files if not file.is_file()), None)
     if missing or len(heading) != len(files):
         raise typer.BadParameter(f"{missing} is not there" if missing else "give one --heading for each --model")
@@ -223,10 +240,11 @@ def picture(
 def table(
     output: Output,
     pool: Annotated[bool, typer.Option(help="one row for all seeds of a run, its interval over them as well")] = False,
+    start: Start = 0,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of a table")] = False,
 ) -> None:
     """Collect what is scored."""
-    rows = collected(output, pool=pool)
+    rows = collected(output, pool=pool, start=start)
     if not rows:
         print(f"{output}: nothing is scored yet", file=sys.stderr)
         raise typer.Exit(1)
@@ -240,9 +258,9 @@ def table(
         print(f"| {row['model']} | {row['trainings']} | {row['steps']} | {' | '.join(cells)} |")
 
 
-def collected(output: Path, *, pool: bool) -> list[dict[str, Any]]:
+def collected(output: Path, *, pool: bool, start: int = 0) -> list[dict[str, Any]]:
     """A row for each model (pool: for all seeds of a run) and number of steps that is scored, as `summary` has it."""
-    found = [json.loads(path.read_text()) for path in sorted((output / "scores").glob("*.json"))]
+    found = [json.loads(path.read_text()) for path in sorted(scores_in(output, start).glob("*.json"))]
     before = {scored["steps"]: scored for scored in found if scored["model"] == UNTOUCHED}
     groups: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
     for scored in found:
@@ -266,7 +284,8 @@ def summary(group: list[dict[str, Any]], before: dict[str, Any]) -> dict[str, An
     for name, kept in (("subject", shown | True), ("subject_shown", shown), ("subject_new", ~shown)):
         of_kept = [one for one, is_kept in zip(asked, kept, strict=True) if is_kept]
         row[name] = with_interval(subject[:, kept], of_kept) if kept.any() else None
-    kinds = {task: asked_of(held_out(task, len(before[task]))) for task in world.TASKS}
+    start = before.get("start", 0)
+    kinds = {task: asked_of(held_out(task, len(before[task]), start)) for task in world.TASKS}
     for task in world.TASKS:
         row[task] = with_interval(np.array([scored[task] for scored in group]), kinds[task])
     together = [(task, one) for task in world.TASKS for one in kinds[task]]

@@ -51,10 +51,12 @@ def test_every_combination_is_started_once_and_a_finished_one_is_kept(sets, tmp_
     assert all({"train.max_train_steps=5", "train.batch_size=2"} <= set(command) for command in started)
 
 
-def test_what_a_word_stands_for_is_scored_and_told_to_the_model_in_its_place(sets, tmp_path, monkeypatch):
+@pytest.mark.parametrize("start", [0, 5])
+def test_what_a_word_stands_for_is_scored_and_told_to_the_model_in_its_place(sets, tmp_path, monkeypatch, start):
     world, asked = world_tune.world, []
 
-    def draw(pipe, prompts, steps, guidance):
+    def draw(pipe, prompts, steps, guidance, seed):
+        assert seed == start
         asked.append(list(prompts))
         pictures = []
         for prompt in prompts:  # the manner is right where the known word is said
@@ -65,20 +67,24 @@ def test_what_a_word_stands_for_is_scored_and_told_to_the_model_in_its_place(set
         return pictures
 
     monkeypatch.setattr(world_tune, "sample", draw)
-    (tmp_path / "scores").mkdir()
+    folder = tmp_path / ("scores-5" if start else "scores")
+    folder.mkdir()
     for name in (world_tune.UNTOUCHED, world_tune.TOLD):
-        world_tune.score_one(lambda: None, name, sets / "word", tmp_path, 4, 3)
+        world_tune.score_one(lambda: None, name, sets / "word", folder, 4, 3, start)
+    words = [row.prompt for row in world_tune.held_out("text", 8)][start : start + 3]
+    assert asked[2] == words, "three prompts of each task, from the start on"
     held = (sets / "word" / "held-out.jsonl").read_text().count("zyx")
     assert len(asked[0]) == held * world_tune.NOISES and all("zyx" in prompt for prompt in asked[0])
     assert all("twemoji" in prompt and "zyx" not in prompt for prompt in asked[4])
-    found = CliRunner().invoke(world_tune.app, ["table", "--output", str(tmp_path), "--json"])
+    found = CliRunner().invoke(world_tune.app, ["table", "--output", str(tmp_path), "--start", str(start), "--json"])
     rows = {row["model"]: row for row in json.loads(found.output)}
     assert rows[world_tune.UNTOUCHED]["subject"][0] == 0 and rows[world_tune.TOLD]["subject"][0] == 1
     assert rows[world_tune.TOLD]["kept"][0] == 1 and rows[world_tune.TOLD]["sharpness"][0] == pytest.approx(1)
-    scored = json.loads((tmp_path / "scores" / f"{world_tune.TOLD}--4-steps.json").read_text())
+    scored = json.loads((folder / f"{world_tune.TOLD}--4-steps.json").read_text())
     assert 0 < np.mean(scored["shown"]) < 1
     assert len(scored["asked"]) == len(scored["subject"]) and len(set(scored["asked"])) == len(world.THINGS)
-    assert CliRunner().invoke(world_tune.app, ["table", "--output", str(tmp_path)]).output.count("| 4 |") == 2
+    words = ["table", "--output", str(tmp_path), "--start", str(start)]
+    assert CliRunner().invoke(world_tune.app, words).output.count("| 4 |") == 2
     assert CliRunner().invoke(world_tune.app, ["table", "--output", str(tmp_path / "none")]).exit_code == 1
 
 
@@ -114,9 +120,8 @@ def test_seeds_of_a_run_are_pooled_into_one_row(tmp_path):
 
 
 def test_all_rows_of_scores_make_one_grid(tmp_path):
-    (tmp_path / "scores").mkdir()
     for name, shade in (("one--4-steps", 10), ("two--4-steps", 20)):
-        Image.new("RGB", (8, 4), (shade,) * 3).save(tmp_path / "scores" / f"{name}.png")
+        Image.new("RGB", (8, 4), (shade,) * 3).save(tmp_path / f"{name}.png")
     world_tune.draw_grid(tmp_path, [4])
     grid = np.asarray(Image.open(tmp_path / "grid.png"))
     assert grid.shape == (8, 8, 3) and (grid[:4] == 10).all() and (grid[4:] == 20).all()
