@@ -161,7 +161,7 @@ def variance(setup: Setup, scorer: Scorer) -> Page | None:
 
 
 def _gradients(setup: Setup, scorer: Scorer, learners: Sequence[str]) -> Page:
-    size = {"steps": 6, "pictures": 4, "draws": 1, "updates": 12, "batch": 4, "every": 3}
+    size = {"steps": 6, "pictures": 12, "draws": 2, "updates": 60, "batch": 4, "every": 10}
     size = {"steps": 3, "pictures": 2, "draws": 1, "updates": 2, "batch": 2, "every": 1} if setup.quick else size
     ratios: dict[str, dict[float, list[float]]] = {name: {} for name in gradients.ESTIMATORS}
     curves: dict[str, dict[int, list[float]]] = {}
