@@ -364,6 +364,11 @@ class Recipe(Settings):
         return self._source.text
 
     @property
+    def fixed_length(self) -> str:
+        """Why the length of the run is part of it, so that a resumed one cannot change it; empty where it is not."""
+        return "its cosine falls towards it" if self.train.lr_scheduler == "cosine" else ""
+
+    @property
     def scored_steps(self) -> int:
         """At how many steps the student is scored."""
         return self.evaluate.student_steps or self.student.num_inference_steps

@@ -43,7 +43,7 @@ BEGUN = ("recipe.toml", "recipe.json")
 # What a start besides leaves that failed in its first update: made anew by the next one.
 STARTED = (*BEGUN, "metrics.jsonl", "looks", "tensorboard")
 NOTHING = "Nothing was written."
-SCHEDULE = {"train.max_train_steps", "train.max_train_seconds"}  # a cosine falls towards them: fixed under it
+SCHEDULE = {"train.max_train_steps", "train.max_train_seconds"}  # fixed where a recipe's `fixed_length` says why
 
 
 @dataclass(frozen=True)
@@ -188,11 +188,12 @@ class RunFolder:
 
     def _refuse_another_run(self, recipe: Recipe, hashes: dict[str, str], processes: int) -> None:
         stored = self._stored()
-        free = FREE_TO_CHANGE - (SCHEDULE if recipe.train.lr_scheduler == "cosine" else set())
-        changes = _differences(stored["recipe"], recipe.resolved(), free)
+        fixed = SCHEDULE if recipe.fixed_length else set()
+        changes = _differences(stored["recipe"], recipe.resolved(), FREE_TO_CHANGE - fixed)
+        why = f" ({recipe.fixed_length})" if any(change.startswith(tuple(fixed)) for change in changes[:3]) else ""
         if changes:
             raise UserError(
-                f"output_dir {self.path} holds another run: {'; '.join(changes[:3])}. Nothing was written; "
+                f"output_dir {self.path} holds another run: {'; '.join(changes[:3])}{why}. Nothing was written; "
                 "give the same recipe to resume, or another --output-dir for a new run."
             )
         count = stored.get("processes", 1)
@@ -291,5 +292,4 @@ def _differences(before: Any, after: Any, free: set[str], key: str = "") -> list
             for name in names
             for difference in _differences(before.get(name), after.get(name), free, f"{key}.{name}" if key else name)
         ]
-    why = " (its cosine falls towards it)" if key in SCHEDULE else ""
-    return [f"{key} was {json.dumps(before)}, is {json.dumps(after)}{why}"]
+    return [f"{key} was {json.dumps(before)}, is {json.dumps(after)}"]

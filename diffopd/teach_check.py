@@ -115,6 +115,9 @@ def _check_files(recipe: TeachRecipe, rows: list[PromptRow]) -> None:
             )
 
 
+ORDER = {"in_turn": "", "one_after_another": ", one file after another, each for its part of the updates"}
+
+
 def render_teach(found: TeachParts, processes: int = 1) -> RenderableType:
     """The plan as a person reads it."""
     from rich.console import Group
@@ -154,7 +157,7 @@ def _facts(found: TeachParts, processes: int) -> list[tuple[str, str]]:
             + f", learning rate {train.learning_rate:g}",
         ),
         ("evaluations", f"{calls:g} a picture and side"),
-        ("prompts", f"{len(found.rows)} to train on"),
+        ("prompts", f"{len(found.rows)} to train on" + ORDER[sampling.prompt_files]),
         ("watched", ", ".join(["reward", *recipe.watch, "drift", "diversity"]) if train.validate_every else "nothing"),
         ("ends after", " or ".join(ends)),
         ("memory", f"{readable(sum(plan.memory.values()))} in float32, without the old policy and rewards"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -75,11 +76,16 @@ class EstimatorSettings(Settings):
 
 
 class SamplingSettings(Settings):
-    """One update's pictures, of all processes together: num_prompts x group_size, learnt in optimizer_steps parts."""
+    """One update's pictures, of all processes together: num_prompts x group_size, learnt in optimizer_steps parts.
+
+    prompt_files: whether several prompt files take turns, prompt by prompt, or each has its part of the updates
+    (cascade learning, task after task).
+    """
 
     num_prompts: Count = 8
     group_size: Count = 8
     optimizer_steps: Count = 1
+    prompt_files: Literal["in_turn", "one_after_another"] = "in_turn"
 
 
 class TeachRecipe(Recipe):
@@ -116,6 +122,20 @@ class TeachRecipe(Recipe):
     def num_pictures(self) -> int:
         """Pictures of one update, of all processes together."""
         return self.sampling.num_prompts * self.group_size
+
+    @property
+    def fixed_length(self) -> str:
+        """Also where prompt files share the updates."""
+        shares = "its prompt files have a part of it each" if self.sampling.prompt_files != "in_turn" else ""
+        return shares or super().fixed_length
+
+    def file_at(self, update: int, num_files: int) -> tuple[int, int | None]:
+        """(the update at which its part began, number of the prompt file that it learns from; None: all in turn)."""
+        if self.sampling.prompt_files == "in_turn":
+            return 0, None
+        steps = self.train.max_train_steps
+        file = min(num_files - 1, update * num_files // steps)
+        return math.ceil(file * steps / num_files), file
 
 
 def read_teach_recipe(name: str, overrides: list[str] | None = None) -> TeachRecipe:
@@ -218,6 +238,18 @@ def _check_student(recipe: TeachRecipe) -> None:
         )
 
 
+def _check_cascade(recipe: TeachRecipe) -> None:
+    place, count = recipe.place("sampling", "prompt_files"), len(recipe.card.prompts.files("train"))
+    said = f'{place}: sampling.prompt_files = "one_after_another"'
+    if count < 2:
+        raise UserError(f"{said}, but {recipe.card.path} has one prompt file. Remove it, or list several in the card.")
+    if recipe.train.max_train_steps < count or recipe.train.max_train_seconds:
+        raise UserError(
+            f"{said} gives each of {count} files its part of the updates. Set train.max_train_steps to at least "
+            f"{count}, and no train.max_train_seconds."
+        )
+
+
 def _check_sampling(recipe: TeachRecipe) -> None:
     sampling = recipe.sampling
     if not recipe.is_supervised and sampling.group_size < 2:
@@ -225,6 +257,8 @@ def _check_sampling(recipe: TeachRecipe) -> None:
             f"{recipe.place('sampling', 'group_size')}: sampling.group_size = {sampling.group_size}: a picture's "
             "advantage is over others of its prompt. Set it to at least 2."
         )
+    if sampling.prompt_files == "one_after_another":
+        _check_cascade(recipe)
     if sampling.optimizer_steps > recipe.num_pictures:
         raise UserError(
             f"{recipe.place('sampling', 'optimizer_steps')}: {sampling.optimizer_steps} parts of "

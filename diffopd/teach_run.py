@@ -57,9 +57,11 @@ class TeachRun:
         return noise.draw(shape, **keys).to(self.device)
 
     def row(self, update: int, number: int) -> PromptRow:
-        """The prompt of a picture, which its group shares: files take turns, every pass over one is a permutation."""
-        place = update * self.recipe.sampling.num_prompts + number // self.recipe.group_size
-        turn, file = divmod(place, len(self.files))
+        """The prompt of a picture, which its group shares; every pass over a file is a permutation."""
+        began, file = self.recipe.file_at(update, len(self.files))
+        turn = (update - began) * self.recipe.sampling.num_prompts + number // self.recipe.group_size
+        if file is None:
+            turn, file = divmod(turn, len(self.files))
         rows = self.files[file]
         epoch, place = divmod(turn, len(rows))
         return rows[noise.permuted(place, len(rows), self.recipe.seed, epoch, self.recipe.card.name)]

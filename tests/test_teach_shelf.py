@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from diffopd.cli import app
 from diffopd.data import read_prompts
+from diffopd.errors import UserError
 from diffopd.load import LORA_FILE
 from diffopd.locate import shelf
 from diffopd.reward import card_reward
@@ -38,7 +39,7 @@ def shipped() -> list[str]:
 
 def test_every_task_of_the_world_has_one():
     ways = {f"{task}/{name}.toml" for task in WORLD for name in ("teach", "nft", "grpo")}
-    assert ways | {"unmade/joint/nft.toml", "unmade/joint/grpo.toml"} <= set(shipped())
+    assert ways | {f"unmade/joint/{way}.toml" for way in ("nft", "grpo", "cascade")} <= set(shipped())
 
 
 @pytest.mark.parametrize("name", shipped())
@@ -94,6 +95,26 @@ def test_every_update_of_joint_learning_has_as_many_prompts_of_each_task(name):
     assert len(styles) == 524 == len(set(styles)), "a pass meets each prompt once"
 
 
+def test_a_cascade_gives_each_task_its_part_of_the_updates_and_another_length_is_another_run(tmp_path):
+    name = "unmade/joint/cascade.toml"
+    recipe = read_teach_recipe(name, [f'output_dir="{tmp_path / "run"}"', "train.max_train_steps=10"])
+    task_of = load_reward("reward.py:task_of", recipe.card.folder)
+    run = SimpleNamespace(recipe=recipe, files=[read_prompts(file) for file in recipe.card.prompts.files("train")])
+    met = [[TeachRun.row(run, update, number) for number in range(recipe.num_pictures)] for update in range(10)]
+    tasks = [{task_of(row.metadata) for row in rows} for rows in met]
+    assert tasks == [{WORLD[number]} for number in (0, 0, 0, 0, 1, 1, 1, 2, 2, 2)]
+    for task in (met[:4], met[4:7], met[7:]):
+        prompts = [row.prompt for rows in task for row in rows[:: recipe.group_size]]
+        assert len(set(prompts)) == len(prompts) == 12 * len(task), "a pass meets each prompt once"
+    RunFolder.create(tmp_path / "run", recipe, {}).append_metrics({"kind": "update", "update": 1})
+    with pytest.raises(UserError, match=r"max_train_steps was 10, is 20 \(its prompt files have a part of it each\)"):
+        RunFolder.create(tmp_path / "run", read_teach_recipe(name, ["train.max_train_steps=20"]), {})
+    with pytest.raises(UserError, match="gives each of 3 files its part of the updates"):
+        read_teach_recipe(name, ["train.max_train_seconds=60"])
+    with pytest.raises(UserError, match="has one prompt file"):
+        read_teach_recipe("text/nft.toml", ['sampling.prompt_files="one_after_another"'])
+
+
 @pytest.mark.slow
 def test_joint_and_cascade_reinforcement_learning_run_on_the_embedded_world(tmp_path):
     """An update of each: the cascade's second task begins with the first one's adapter."""
@@ -107,6 +128,8 @@ def test_joint_and_cascade_reinforcement_learning_run_on_the_embedded_world(tmp_
         return load_file(made.latest_checkpoint() / LORA_FILE), made
 
     taught("unmade/joint/nft.toml", "joint")
+    _, cascade = taught("unmade/joint/cascade.toml", "cascade", "train.max_train_steps=3")
+    assert cascade.latest_checkpoint().name == "checkpoint-3"
     first, made = taught("text/nft.toml", "first", "train.learning_rate=1e-2")
     begin = made.latest_checkpoint() / LORA_FILE
     second, _ = taught("style/nft.toml", "second", f'student.init_weights="{begin}"', "train.learning_rate=1e-9")
