@@ -57,7 +57,7 @@ def footprint(parts: Parts) -> Footprint:
 
     recipe, base = parts.recipe, parts.base
     train, frozen = recipe.train, DTYPES[recipe.train.frozen_dtype]
-    denoiser, adapter, unsure = copy.deepcopy(base.meta_denoiser), "", []
+    denoiser, adapter, unsure = copy.deepcopy(base.meta_denoiser if parts.adapted is None else parts.adapted), "", []
     if recipe.student.train == "full":
         trained = base.num_parameters()
         denoiser.requires_grad_(True)
@@ -82,10 +82,13 @@ def footprint(parts: Parts) -> Footprint:
 
 
 def _with_adapter(recipe: Recipe, denoiser: nn.Module, component: str, unsure: list[str]) -> tuple[int, str]:
-    """Put the student's adapter on a meta denoiser: its numbers, and the rank of the file it starts from, if any."""
+    """The numbers of the student's adapter, and the rank of the file it starts from, if any.
+
+    A new adapter is on the meta denoiser already (`Parts.adapted`); that of a file is put there.
+    """
     start, here = recipe.student.init_weights, Path.cwd()
     if start is None:
-        return lora_size(recipe, denoiser), ""
+        return sum(parameter.numel() for parameter in denoiser.parameters() if parameter.requires_grad), ""
     if hub_weights(start, here):
         unsure.append(f"{start} is on the hub: it is taken to be a LoRA of rank {recipe.student.rank}, student.rank")
         return lora_size(recipe, denoiser), ""

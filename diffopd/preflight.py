@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from diffopd.blueprint import Blueprint, pipeline_hashes, read_blueprint
 from diffopd.buckets import called_size
@@ -26,12 +27,16 @@ from diffopd.rows_check import check_contexts, check_given, check_pictures, chec
 from diffopd.run_folder import RunFolder
 from diffopd.teacher import TeacherCard, forget_rewards, hub_weights, lora_file, teacher_card, weights_sha256
 
+if TYPE_CHECKING:
+    from torch import nn
+
 
 @dataclass(frozen=True)
 class Parts:
     """What a recipe names, found and checked: the base, the teachers' cards and prompts, the student's grid.
 
-    grid is None where only the pipeline itself decides it. hashes: file -> sha256, empty unless asked for.
+    grid is None where only the pipeline itself decides it. hashes: file -> sha256, empty unless asked for. adapted: the
+    base's denoiser on the meta device under the student's new LoRA, None where there is no new one. Copy, to change it.
     """
 
     recipe: Recipe
@@ -41,6 +46,7 @@ class Parts:
     test_rows: dict[str, list[PromptRow]]
     grid: Grid | None
     hashes: dict[str, str]
+    adapted: nn.Module | None = None
 
 
 def check(recipe: Recipe, *, hash_weights: bool = False) -> Parts:
@@ -67,12 +73,14 @@ def check(recipe: Recipe, *, hash_weights: bool = False) -> Parts:
     for index, card in enumerate(cards):
         check_fit(recipe, index, card, base, shipped=not hash_weights)
     check_warm_start(recipe, base, cards)
+    adapted = None
     if recipe.student.train == "lora" and not recipe.student.init_weights:
-        lora_size(recipe, copy.deepcopy(base.meta_denoiser))
+        adapted = copy.deepcopy(base.meta_denoiser)
+        lora_size(recipe, adapted)
     check_test_rows(recipe, test)
     _check_scored_steps(recipe, base)
     hashes = _hashes(recipe, cards) if hash_weights else {}
-    return Parts(recipe, base, cards, train, test, grid, hashes)
+    return Parts(recipe, base, cards, train, test, grid, hashes, adapted)
 
 
 def try_rewards(parts: Parts) -> None:
