@@ -1,5 +1,6 @@
 """Shared fixtures. One thread, no network, no GPU unless one is asked for, set before torch is imported by anyone."""
 
+import json
 import os
 import shutil
 import sys
@@ -84,3 +85,43 @@ def own_teachers(tiny_teachers, tmp_path) -> list[Path]:
 def own_recipe(tmp_path, tiny_sd, own_teachers) -> Path:
     """A recipe file, tiny.toml, with the copies of the tiny teachers."""
     return tiny.write_recipe(tmp_path / "tiny.toml", tiny_sd, own_teachers)
+
+
+@pytest.fixture
+def pictures(tmp_path) -> Path:
+    """Three pictures to tune on, one of them wide, with both captions."""
+    import contexts
+    from tuning import SIZES
+
+    folder = tmp_path / "dots"
+    rows = contexts.draw_rows(folder, SIZES)
+    lines = [
+        {"file_name": f"{number}.png", "text": row.prompt, "enhanced_text": f"{row.prompt}, enlarged"}
+        for number, row in enumerate(rows)
+    ]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n", encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ip_options(tmp_path_factory) -> list[str]:
+    """Options that name a random IP-Adapter of the tiny pipeline, and its image encoder."""
+    import contexts
+
+    file, encoder = contexts.save_ip_adapter(tmp_path_factory.mktemp("ip"), tiny.build_pipeline().unet)
+    return [f"context.ip_adapter={json.dumps(str(file))}", f"context.image_encoder={json.dumps(str(encoder))}"]
+
+
+@pytest.fixture
+def run_with_teacher(tiny_sd, pictures, ip_options):
+    """A tuning run before its first update, its teacher seeing by an IP-Adapter, and its folder."""
+    from runs import prepared
+    from tuning import asked
+
+    from diffopd.run_folder import RunFolder
+    from diffopd.tune import prepare, task_written
+
+    tuning = prepare(asked(tiny_sd, pictures, *ip_options))
+    with task_written(tuning):
+        folder = RunFolder.create(tuning.recipe.output_dir, tuning.recipe, {})
+    return prepared(tuning.recipe)[0], folder

@@ -13,8 +13,8 @@ import pytest
 import tiny
 import torch
 from cast import SIZE, draws
+from runs import assert_same_gradients, gradients_of, prepared, recipe_with, run_to_end, weights_of
 from safetensors.torch import load_file
-from test_distill import assert_same_gradients, gradients_of, prepared, recipe_with, run_to_end, weights_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffopd import distill as loop

@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 from PIL import Image
-from test_tune import asked, pictures, prepared  # noqa: F401 (a fixture)
+from runs import prepared
 from torchmetrics.image.kid import poly_mmd
 from transformers import (
     CLIPConfig,
@@ -15,6 +15,7 @@ from transformers import (
     Dinov2Config,
     Dinov2Model,
 )
+from tuning import asked
 
 from diffopd.cost import measure_cost, told
 from diffopd.errors import UserError
@@ -64,7 +65,7 @@ def test_the_nearest_picture_counts():
     assert nearest_cosine(features[:2], features[1:]) == 0.5
 
 
-def test_features_are_those_of_the_networks(tiny_sd, pictures, networks):  # noqa: F811
+def test_features_are_those_of_the_networks(tiny_sd, pictures, networks):
     options = [f'look.{name}="{folder}"' for name, folder in networks.items()]
     found = check_features(asked(tiny_sd, pictures, *options))
     assert found == networks
@@ -83,7 +84,7 @@ def test_features_are_those_of_the_networks(tiny_sd, pictures, networks):  # noq
 
 
 @pytest.mark.parametrize("part", ["config.json", "preprocessor_config.json", "*.safetensors"])
-def test_a_network_that_lacks_a_part_is_named_before_training(tiny_sd, pictures, networks, tmp_path, part):  # noqa: F811
+def test_a_network_that_lacks_a_part_is_named_before_training(tiny_sd, pictures, networks, tmp_path, part):
     import shutil
 
     folder = shutil.copytree(networks["dino"], tmp_path / "copy")
@@ -94,7 +95,7 @@ def test_a_network_that_lacks_a_part_is_named_before_training(tiny_sd, pictures,
 
 
 @pytest.fixture
-def run(tiny_sd, pictures, tmp_path):  # noqa: F811
+def run(tiny_sd, pictures, tmp_path):
     file, encoder = contexts.save_ip_adapter(tmp_path / "ip", tiny.build_pipeline().unet)
     options = [f'context.ip_adapter="{file}"', f'context.image_encoder="{encoder}"']
     tuning = prepare(asked(tiny_sd, pictures, *options))

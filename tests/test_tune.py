@@ -1,85 +1,27 @@
-"""Tune: pictures become a task, the run is a recipe of the one loop, and what is looked at says what happened."""
+"""Tune: pictures become a task, and the run is a recipe of the one loop."""
 
 import json
-import random
 import shutil
-from types import SimpleNamespace
 
 import contexts
 import pytest
 import tiny
 import torch
 from PIL import Image
+from runs import assert_same_state, prepared, rows_of, state_of
 from safetensors.torch import load_file
 from test_cli import command as run_cli
-from test_distill import assert_same_state, rows_of, state_of
+from tuning import SMALL, asked, trained
 
-from diffopd import closeness
 from diffopd import distill as loop
 from diffopd.data import PromptRow
-from diffopd.drawing import grid, sharpness
 from diffopd.errors import UserError
 from diffopd.lock import at_work
-from diffopd.looks import Looks, compare, cut_captions, is_collapsed
 from diffopd.preflight import check
 from diffopd.run_folder import LOCK, RunFolder
-from diffopd.teacher import load_reward
-from diffopd.teacher_check import Verdict, check_teacher, not_step_distilled
 from diffopd.tune import prepare, task_written, write_task
 from diffopd.tune_facts import facts
-from diffopd.tune_recipe import LookSettings, read_tune_recipe
-
-SMALL = [
-    "student.num_inference_steps=2",
-    "student.rank=2",
-    "student.lora_alpha=4",
-    "train.max_train_steps=2",
-    "train.batch_size=2",
-    "train.checkpointing_steps=1",
-    "train.learning_rate=1e-2",
-    "images.resolution=32",
-    "look.every=0",
-]
-SIZES = ((16, 16), (24, 12), (16, 16))
-
-
-@pytest.fixture
-def pictures(tmp_path):
-    """Three pictures, one of them wide, with both captions."""
-    folder = tmp_path / "dots"
-    rows = contexts.draw_rows(folder, SIZES)
-    lines = [
-        {"file_name": f"{number}.png", "text": row.prompt, "enhanced_text": f"{row.prompt}, enlarged"}
-        for number, row in enumerate(rows)
-    ]
-    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n", encoding="utf-8")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def ip_options(tmp_path_factory):
-    file, encoder = contexts.save_ip_adapter(tmp_path_factory.mktemp("ip"), tiny.build_pipeline().unet)
-    return [f"context.ip_adapter={json.dumps(str(file))}", f"context.image_encoder={json.dumps(str(encoder))}"]
-
-
-def asked(tiny_sd, pictures, *overrides, output=None):
-    output = output or pictures.parent / "run"
-    options = [*SMALL, f"output_dir={json.dumps(str(output))}", *overrides]
-    return read_tune_recipe(None, str(tiny_sd), str(pictures), options)
-
-
-def prepared(recipe):
-    student, teachers = loop.assemble(recipe, "cpu")
-    run = loop.Run(recipe, student, teachers, loop._survey(student, teachers), loop.Processes(), "cpu")
-    return run, loop.new_trained(run)
-
-
-def trained(tuning):
-    with task_written(tuning):
-        parts = check(tuning.recipe, hash_weights=True)
-        folder = RunFolder.create(tuning.recipe.output_dir, tuning.recipe, parts.hashes)
-    loop.distill(tuning.recipe, folder)
-    return folder
+from diffopd.tune_recipe import read_tune_recipe
 
 
 def test_a_model_and_a_folder_are_enough_and_the_rest_is_the_papers(tiny_sd, pictures):
@@ -165,16 +107,6 @@ def test_a_task_is_a_teacher_folder_that_names_pictures_and_buckets(tiny_sd, pic
     told = dict(facts(tuning))["teacher"]
     assert told.endswith("decay 0.90553851 an update: 18% of the way to it after 2 updates")
     assert dict(facts(tuning))["sizes"].startswith("32 x 32: 2, 40 x 24: 1")
-
-
-def test_what_is_watched_is_said(tiny_sd, pictures, tmp_path):
-    assert "watched" not in dict(facts(prepare(asked(tiny_sd, pictures))))
-    told = dict(facts(prepare(asked(tiny_sd, pictures, "look.every=5"))))
-    assert "own captions, which shows fitting only" in told["watched"]
-    (tmp_path / "new.txt").write_text("a dot at night\n")
-    held_out = f"images.held_out={json.dumps(str(tmp_path / 'new.txt'))}"
-    told = dict(facts(prepare(asked(tiny_sd, pictures, "look.every=5", held_out))))
-    assert told["watched"].startswith("every 5 updates and at the end, 8 drawings of prompts in")
 
 
 def test_a_model_is_not_guided_unless_it_is_asked_for(pictures):
@@ -284,175 +216,6 @@ def test_the_trajectory_is_drawn_at_rows_that_the_teacher_can_see(tiny_sd, pictu
     assert sizes == {(32, 32), (40, 24)}
 
 
-@pytest.fixture
-def run_with_teacher(tiny_sd, pictures, ip_options):
-    tuning = prepare(asked(tiny_sd, pictures, *ip_options))
-    with task_written(tuning):
-        folder = RunFolder.create(tuning.recipe.output_dir, tuning.recipe, {})
-    return prepared(tuning.recipe)[0], folder
-
-
-def test_a_teacher_that_its_context_does_not_help_is_stopped_with_a_grid(run_with_teacher, monkeypatch):
-    """A random adapter on a random network: which side is nearer is chance, so they are swapped to see both."""
-    run, folder = run_with_teacher
-    verdict = check_teacher(run, folder, force=True)
-    assert verdict.measure == "image encoder" and verdict.with_context != verdict.without_context
-    assert json.loads((folder.path / "teacher-check.json").read_text())["passed"] == verdict.passed
-    assert Image.open(folder.path / "teacher-check.png").size == (3 * 40, 14 + 3 * 32)
-    from diffopd import teacher_check
-
-    judge = teacher_check._judge
-    swap = {"without": "with_context", "with_context": "without"}
-
-    def swapped(run, drawn, features):
-        sides = [teacher_check._Drawn(d.target, **{a: getattr(d, b) for a, b in swap.items()}) for d in drawn]
-        return judge(run, sides, features)
-
-    monkeypatch.setattr(teacher_check, "_judge", swapped)
-    other = check_teacher(run, folder, force=True)
-    assert other.with_context == verdict.without_context and other.passed != verdict.passed
-    failing = judge if not verdict.passed else swapped
-    monkeypatch.setattr(teacher_check, "_judge", failing)
-    with pytest.raises(UserError, match=r"nothing to teach.*teacher-check\.png.*--force"):
-        check_teacher(run, folder)
-
-
-def test_guidance_of_the_teacher_alone_is_no_context(tiny_sd, pictures):
-    """A richer caption that says nothing more, under guidance that the student has not."""
-    file = pictures / "metadata.jsonl"
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
-    file.write_text("\n".join(json.dumps(row | {"enhanced_text": row["text"]}) for row in rows))
-    tuning = prepare(asked(tiny_sd, pictures, "teacher.guidance_scale=5.0"))
-    with task_written(tuning):
-        folder = RunFolder.create(tuning.recipe.output_dir, tuning.recipe, {})
-    run, _ = prepared(tuning.recipe)
-    assert run.teachers[0].call.arguments["guidance_scale"] == 5.0 != run.student.call.arguments["guidance_scale"]
-    verdict = check_teacher(run, folder, force=True)
-    assert verdict.with_context == verdict.without_context and not verdict.passed
-
-
-def test_a_model_that_is_dull_in_few_steps_is_explained():
-    dull = Verdict("pixels", 0.1, 0.2, 1.0, 0.1, 0.2, few_step_sharpness=0.4)
-    assert "40 % of the sharpness that it has in 16" in not_step_distilled(dull, 4)
-    assert not_step_distilled(Verdict("pixels", 0.1, 0.2, 1.0, 0.1, 0.2, few_step_sharpness=0.95), 4) is None
-
-
-def noise_picture(seed):
-    return Image.frombytes("RGB", (16, 16), random.Random(seed).randbytes(768))
-
-
-def test_captions_that_the_model_does_not_read_to_their_end_are_named(run_with_teacher):
-    """CLIP's tokenizer here has 24 places, one a letter."""
-    pipeline = run_with_teacher[0].student.pipeline
-    assert cut_captions(pipeline, ["a dot", "a red dot"]) is None
-    told = cut_captions(pipeline, ["a dot", "a dot that is by far too large"])
-    assert "1 of 2 captions are longer than the 24 tokens" in told and "'a dot that is by far too large'" in told
-    reads_on = SimpleNamespace(components={**pipeline.components, "tokenizer_2": SimpleNamespace()})
-    assert cut_captions(reads_on, ["a dot that is by far too large"]) is None
-
-
-def test_looks_tell_nearness_drift_mush_and_collapse_apart():
-    others = [noise_picture(i) for i in range(4)]
-    red, blue = Image.new("RGB", (16, 16), "red"), Image.new("RGB", (16, 16), "blue")
-    before = {"subject": [blue, blue], "unrelated": others}
-    same = compare(before, before, [red])
-    assert same["drift"] == 0 and same["distance"] == same["distance_before"] > 0.5
-    assert same["sharpness"] == same["diversity"] == 1 and not is_collapsed(same)
-    learnt = compare(before, {"subject": [red, red], "unrelated": others}, [red])
-    assert learnt["distance"] == 0 < learnt["distance_before"] and learnt["drift"] == 0
-    stripes = Image.new("RGB", (16, 16), "black")
-    for x in range(0, 16, 2):
-        stripes.paste("white", (x, 0, x + 1, 16))
-    assert is_collapsed(compare(before, {"subject": [red, red], "unrelated": [stripes] * 4}, [red]))
-    mush = [Image.new("RGB", (16, 16), (50 * i, 0, 255 - 50 * i)) for i in range(4)]
-    blurred = compare(before, {"subject": [red, red], "unrelated": mush}, [red])
-    assert blurred["sharpness"] == 0 and is_collapsed(blurred) and blurred["drift"] > 0.2
-    assert sharpness(stripes) > sharpness(red) == 0
-
-
-def test_a_collapse_on_the_subject_alone_is_seen():
-    """Drawings of the subject may go to what the pictures are, but neither beyond nor all to one."""
-    others = [noise_picture(i) for i in range(4)]
-    smooth = [Image.radial_gradient("L").resize((16, 16)).convert("RGB")] * 2
-    shown = [Image.merge("RGB", (side,) * 3) for side in map(Image.Image.getchannel, others[:2], "RG")]
-    before = {"subject": others[:2], "unrelated": others}
-    assert not is_collapsed(compare(before, {"subject": shown, "unrelated": others}, shown))
-    assert is_collapsed(compare(before, {"subject": smooth, "unrelated": others}, shown))
-    assert not is_collapsed(compare(before, {"subject": smooth, "unrelated": others}, smooth))
-    one = {"subject": others[:1], "unrelated": others[:1]}
-    assert not is_collapsed(compare(one, one, shown))  # one drawing has no diversity to lose
-
-
-def test_pictures_are_compared_as_they_are_trained(tmp_path):
-    """Turned, laid over white and cut to the drawing's shape, in looks and in the task's reward alike."""
-    turned = Image.Exif()
-    turned[0x0112] = 6
-    wide = Image.new("RGB", (40, 10), "red")
-    wide.paste("blue", (14, 0, 26, 10))
-    wide.rotate(90, expand=True).save(tmp_path / "wide.png", exif=turned)
-    Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(tmp_path / "clear.png")
-    (tmp_path / "prompts").mkdir()
-    rows = [{"prompt": "a", "file_name": str(tmp_path / name)} for name in ("wide.png", "clear.png")]
-    (tmp_path / "prompts" / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    shutil.copy(closeness.__file__, tmp_path / "closeness.py")
-    reward = load_reward("closeness.py:closeness", tmp_path)
-    found = reward([Image.new("RGB", (20, 20), color) for color in ("blue", "white", "red")], [""] * 3, [{}] * 3)
-    assert min(found[:2]) > 0.99 and found[2] < 0.5
-
-
-def test_a_run_is_looked_at_stops_when_it_forgets_and_goes_on_where_it_was(run_with_teacher, tmp_path):
-    run, folder = run_with_teacher
-    settings = LookSettings(every=1, num_prompts=2, max_drift=0.02)
-    looks = Looks(settings, folder, [tmp_path / "dots" / "0.png"])
-    looks.begin(run, is_new=True)
-    first = looks.look(run, 0)
-    assert first["drift"] < 0.005 and looks.reason is None  # pictures on the disk have 8 bits
-    with torch.no_grad():
-        for name, parameter in run.student.parameters.items():
-            parameter.add_(2.0 if "lora_B" in name else 0.0)
-    again = Looks(settings, folder, looks.pictures)
-    again.begin(run, is_new=False)
-    moved = again.look(run, 1)
-    assert moved["drift"] > 0.02 and "max_drift = 0.02" in again.reason or "collapse" in again.reason
-    assert Image.open(folder.path / "looks" / "000001.png").size == (64, 14 + 4 * 32)
-    shutil.rmtree(folder.path / "looks")
-    with pytest.raises(UserError, match="first drawings are gone"):
-        Looks(settings, folder, looks.pictures).begin(run, is_new=False)
-
-
-def test_the_loop_stops_for_the_reason_of_a_look(tiny_sd, pictures, monkeypatch):
-    monkeypatch.setattr(loop, "save_trajectory", lambda run, folder: None)
-    tuning = prepare(asked(tiny_sd, pictures, "train.max_train_steps=3"))
-    with task_written(tuning):
-        folder = RunFolder.create(tuning.recipe.output_dir, tuning.recipe, {})
-
-    def begin(run, is_new):
-        assert is_new
-        run.looks = Looks(LookSettings(every=2, num_prompts=2, max_drift=1e-9), folder, [pictures / "0.png"])
-        run.looks.begin(run, is_new=is_new)
-
-    loop.distill(tuning.recipe, folder, begin)
-    (row,) = rows_of(folder, "look")
-    assert row["update"] == 2 and 0 < row["drift"] < 1 and row["subject_sharpness"] > 0
-    assert "look.max_drift" in rows_of(folder, "stop")[0]["reason"]
-    assert folder.latest_checkpoint().name == "checkpoint-2"
-
-
-def test_the_last_update_is_looked_at_whatever_the_interval(tiny_sd, pictures, monkeypatch):
-    monkeypatch.setattr(loop, "save_trajectory", lambda run, folder: None)
-    tuning = prepare(asked(tiny_sd, pictures, "train.max_train_steps=3"))
-    with task_written(tuning):
-        folder = RunFolder.create(tuning.recipe.output_dir, tuning.recipe, {})
-
-    def begin(run, is_new):
-        run.looks = Looks(LookSettings(every=2, num_prompts=2, max_drift=1.0), folder, [pictures / "0.png"])
-        run.looks.begin(run, is_new=is_new)
-
-    loop.distill(tuning.recipe, folder, begin)
-    assert [row["update"] for row in rows_of(folder, "look")] == [2, 3]
-    assert rows_of(folder, "stop")[0]["reason"] == "reached max_train_steps = 3"
-
-
 def test_rows_of_one_size_are_walked_together_whatever_their_order():
     rows = [PromptRow(str(i), {"bucket": [16, 16 if i % 2 else 20]}) for i in range(5)]
     from diffopd.batches import micro_batches
@@ -460,12 +223,6 @@ def test_rows_of_one_size_are_walked_together_whatever_their_order():
     numbers = [batch for batch, _ in micro_batches(list(enumerate(rows)), 2)]
     assert numbers == [[0, 2], [4], [1, 3]]
     assert [batch for batch, _ in micro_batches(list(enumerate(rows)), 1)] == [[0], [2], [4], [1], [3]]
-
-
-def test_cells_of_a_grid_are_where_they_belong():
-    page = grid([(Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue"))] * 2, ["a", "b"])
-    assert page.size == (16, 14 + 16)
-    assert page.getpixel((4, 20)) == (255, 0, 0) and page.getpixel((12, 28)) == (0, 0, 255)
 
 
 def test_the_command_prints_the_plan_and_writes_nothing(tiny_sd, pictures, tmp_path, monkeypatch):

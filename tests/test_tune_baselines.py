@@ -6,9 +6,9 @@ import weakref
 import pytest
 import torch
 from PIL import Image
+from runs import assert_same_state, prepared, rows_of, state_of
 from test_cli import command as run_cli
-from test_distill import assert_same_state, rows_of, state_of
-from test_tune import SMALL, asked, pictures, prepared, trained  # noqa: F401 (a fixture)
+from tuning import SMALL, asked, trained
 
 from diffopd import distill as loop
 from diffopd import noise, prior, processes
@@ -28,7 +28,7 @@ CLASS = ['prior.class_prompt="a dot"', "prior.num_pictures=3"]
 LEVELS = 50
 
 
-def baseline(tiny_sd, pictures, method, *options, output=None):  # noqa: F811
+def baseline(tiny_sd, pictures, method, *options, output=None):
     return prepare(asked(tiny_sd, pictures, f"method={method}", *options, output=output))
 
 
@@ -74,7 +74,7 @@ def assert_close(found, expected):
         assert (one - other).abs().max() < 1e-5 * max(scale, 1.0)
 
 
-def test_an_update_of_sft_is_the_training_loss_of_the_base(tiny_sd, pictures):  # noqa: F811
+def test_an_update_of_sft_is_the_training_loss_of_the_base(tiny_sd, pictures):
     """Rows of an update have noise levels of their own, and their gradients are averaged."""
     tuning = baseline(tiny_sd, pictures, "sft", "train.max_grad_norm=1e9")
     run, state = assembled(tuning)
@@ -88,7 +88,7 @@ def test_an_update_of_sft_is_the_training_loss_of_the_base(tiny_sd, pictures):  
     assert_close(gradient_of_update(run, state), [(a + b) / 2 for a, b in zip(*by_hand, strict=True)])
 
 
-def test_dreambooth_adds_the_class_by_its_weight(tiny_sd, pictures):  # noqa: F811
+def test_dreambooth_adds_the_class_by_its_weight(tiny_sd, pictures):
     options = ("train.max_grad_norm=1e9", "train.batch_size=1", *CLASS, "prior.weight=0.5")
     run, state = assembled(baseline(tiny_sd, pictures, "dreambooth", *options))
     moved(run)
@@ -103,13 +103,13 @@ def test_dreambooth_adds_the_class_by_its_weight(tiny_sd, pictures):  # noqa: F8
 
 
 @pytest.fixture
-def kept(pictures):  # noqa: F811
+def kept(pictures):
     file = pictures.parent / "kept.jsonl"
     file.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in ("a cat", "a dog")))
     return [f"prior.prompts={json.dumps(str(file))}", "prior.num_pictures=3"]
 
 
-def test_under_d_opsd_the_untouched_model_teaches_what_is_kept_on_the_students_walk(tiny_sd, pictures, kept):  # noqa: F811
+def test_under_d_opsd_the_untouched_model_teaches_what_is_kept_on_the_students_walk(tiny_sd, pictures, kept):
     tuning = prepare(asked(tiny_sd, pictures, *kept, "train.batch_size=1"))
     told = " ".join(dict(facts(tuning))["kept"].split())
     assert "3 pictures of prompts in" in told and "untouched model teaches" in told
@@ -124,14 +124,14 @@ def test_under_d_opsd_the_untouched_model_teaches_what_is_kept_on_the_students_w
     assert loop.one_update(run, state, Watch()).per_teacher()["prior"] > 1e-6
 
 
-def test_dreambooth_keeps_prompts_as_well_as_a_class(tiny_sd, pictures, kept):  # noqa: F811
+def test_dreambooth_keeps_prompts_as_well_as_a_class(tiny_sd, pictures, kept):
     run, _ = assembled(baseline(tiny_sd, pictures, "dreambooth", *kept))
     assert [row.prompt for row in run.teachers[1].train_rows] == ["a cat", "a dog", "a cat"]
     drawn = [Image.open(row.metadata["file_name"]) for row in run.teachers[1].train_rows]
     assert drawn[0].tobytes() != drawn[1].tobytes()
 
 
-def test_pictures_of_the_class_are_the_untouched_models_and_drawn_once(tiny_sd, pictures):  # noqa: F811
+def test_pictures_of_the_class_are_the_untouched_models_and_drawn_once(tiny_sd, pictures):
     tuning = baseline(tiny_sd, pictures, "dreambooth", *CLASS)
     write_task(tuning)
     draw_prior(tuning, lambda text: None)
@@ -145,7 +145,7 @@ def test_pictures_of_the_class_are_the_untouched_models_and_drawn_once(tiny_sd, 
     assert [file.read_bytes() for file in files] == drawn
 
 
-def test_the_class_is_drawn_on_the_gpu_of_its_process_and_nothing_is_held_afterwards(tiny_sd, pictures, monkeypatch):  # noqa: F811
+def test_the_class_is_drawn_on_the_gpu_of_its_process_and_nothing_is_held_afterwards(tiny_sd, pictures, monkeypatch):
     tuning = baseline(tiny_sd, pictures, "dreambooth", *CLASS)
     write_task(tuning)
     untouched, held, done = prior._untouched, [], []
@@ -168,7 +168,7 @@ def test_the_class_is_drawn_on_the_gpu_of_its_process_and_nothing_is_held_afterw
     assert done == [1, "loaded", True]
 
 
-def test_a_picture_is_made_latents_once_a_run(tiny_sd, pictures, monkeypatch):  # noqa: F811
+def test_a_picture_is_made_latents_once_a_run(tiny_sd, pictures, monkeypatch):
     run, state = assembled(baseline(tiny_sd, pictures, "sft"))
     made, encode = [], loop.encode_pictures
     monkeypatch.setattr(loop, "encode_pictures", lambda pipeline, rows: made.extend(rows) or encode(pipeline, rows))
@@ -179,7 +179,7 @@ def test_a_picture_is_made_latents_once_a_run(tiny_sd, pictures, monkeypatch):  
 
 
 @pytest.mark.parametrize("options", [["method=sft"], ["method=dreambooth", *CLASS, 'student.train="full"']])
-def test_a_baseline_trains_over_buckets_and_resumes_exactly(tiny_sd, pictures, tmp_path, options):  # noqa: F811
+def test_a_baseline_trains_over_buckets_and_resumes_exactly(tiny_sd, pictures, tmp_path, options):
     def run(updates, output):
         tuning = prepare(asked(tiny_sd, pictures, *options, f"train.max_train_steps={updates}", output=output))
         with task_written(tuning):
@@ -211,7 +211,7 @@ def test_a_baseline_trains_over_buckets_and_resumes_exactly(tiny_sd, pictures, t
         (["train.text_encoders=released"], 'Take "cached"'),
     ],
 )
-def test_settings_without_effect_are_refused(tiny_sd, pictures, options, reason):  # noqa: F811
+def test_settings_without_effect_are_refused(tiny_sd, pictures, options, reason):
     with pytest.raises(UserError, match=reason):
         asked(tiny_sd, pictures, *options)
 
@@ -224,14 +224,14 @@ def test_settings_without_effect_are_refused(tiny_sd, pictures, options, reason)
         ("objective.substeps=2", "substeps = 1"),
     ],
 )
-def test_pictures_are_compared_at_noised_states_only(tiny_sd, pictures, option, reason):  # noqa: F811
+def test_pictures_are_compared_at_noised_states_only(tiny_sd, pictures, option, reason):
     tuning = baseline(tiny_sd, pictures, "sft", option)
     write_task(tuning)
     with pytest.raises(UserError, match=reason):
         check(tuning.recipe)
 
 
-def test_a_guided_student_is_tuned_without_guidance(tiny_sd, pictures):  # noqa: F811
+def test_a_guided_student_is_tuned_without_guidance(tiny_sd, pictures):
     tuning = baseline(tiny_sd, pictures, "sft", "student.guidance_scale=3.0")
     assert tuning.recipe.teachers[0].guidance_scale == 1.0 and tuning.recipe.student.guidance_scale == 3.0
     write_task(tuning)
@@ -240,14 +240,14 @@ def test_a_guided_student_is_tuned_without_guidance(tiny_sd, pictures):  # noqa:
     assert given.recipe.teachers[0].guidance_scale == 2.0
 
 
-def test_few_steps_are_warned_of_and_many_are_not(tiny_sd, pictures):  # noqa: F811
+def test_few_steps_are_warned_of_and_many_are_not(tiny_sd, pictures):
     told = dict(facts(baseline(tiny_sd, pictures, "sft")))
     assert "its 2-step images turn to mush" in told["warning"] and "SFT" in told["method"]
     assert "warning" not in dict(facts(baseline(tiny_sd, pictures, "sft", "student.num_inference_steps=20")))
     assert "warning" not in dict(facts(prepare(asked(tiny_sd, pictures))))
 
 
-def test_the_plan_names_the_method_and_its_calls(tiny_sd, pictures, tmp_path, monkeypatch):  # noqa: F811
+def test_the_plan_names_the_method_and_its_calls(tiny_sd, pictures, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     options = ["--model", str(tiny_sd), "--images", str(pictures), "--method", "dreambooth", "--dry-run"]
     sets = [part for option in [*SMALL, *CLASS] for part in ("--set", option)]
@@ -259,7 +259,7 @@ def test_the_plan_names_the_method_and_its_calls(tiny_sd, pictures, tmp_path, mo
     assert "student 4, teachers 0 an update" in told and not (tmp_path / "runs").exists()
 
 
-def test_dreambooth_goes_the_whole_road(tiny_sd, pictures, tmp_path):  # noqa: F811
+def test_dreambooth_goes_the_whole_road(tiny_sd, pictures, tmp_path):
     run = tmp_path / "tuned"
     options = [*SMALL[:-1], "look.every=1", "look.num_prompts=2", "evaluate.num_prompts=1", *CLASS]
     sets = [part for option in options for part in ("--set", option)]
@@ -275,5 +275,5 @@ def test_dreambooth_goes_the_whole_road(tiny_sd, pictures, tmp_path):  # noqa: F
     assert again.exit_code == 0 and "is finished and nothing has changed" in " ".join(again.output.split())
 
 
-def test_the_default_folder_says_the_method(tiny_sd, pictures):  # noqa: F811
+def test_the_default_folder_says_the_method(tiny_sd, pictures):
     assert read_tune_recipe(None, str(tiny_sd), str(pictures), ["method=sft"]).output_dir == "runs/dots-sft"

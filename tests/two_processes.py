@@ -1,4 +1,4 @@
-"""One process of a group (see test_distill): the summed gradients of one update, then runs that end in three ways.
+"""One process of a group (see test_processes): the summed gradients of one update, then runs that end in three ways.
 
 The main process writes the gradients; each process writes how its runs ended and how far apart the parameters of all
 processes are. Clocks, held-out losses and Ctrl-C differ between the processes on purpose.
