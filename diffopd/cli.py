@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from diffopd import __version__
-from diffopd.errors import UserError
+from diffopd.errors import UserError, suggestion
 from diffopd.interrupt import lost_interrupts_come_again
 
 
@@ -118,12 +118,15 @@ def tune(
     from diffopd.features import check_features
     from diffopd.tune import TASK, prepare, task_written
     from diffopd.tune_facts import facts
-    from diffopd.tune_recipe import quoted, read_tune_recipe
+    from diffopd.tune_recipe import UNUSED, quoted, read_tune_recipe
 
     options = _options(overrides, output_dir)
     options += [f"images.instance_prompt={quoted(instance_prompt)}"] if instance_prompt is not None else []
+    if method is not None and method not in UNUSED:
+        raise UserError(f"--method {method}: there is no such method.{suggestion(method, list(UNUSED))}")
     options += [f"method={quoted(method)}"] if method is not None else []
     asked = read_tune_recipe(recipe, model, images, options)
+    _quiet_libraries()
     if dry_run:
         import tempfile
 
@@ -383,11 +386,12 @@ def _show_plan(recipe: Any, processes: int) -> None:
 def _show_facts(lines: list[tuple[str, str]]) -> None:
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     for name, value in lines:
-        table.add_row(name, value)
+        table.add_row(name, Text(value))  # a path may have brackets, which are markup to rich
     if _is_main():
         Console().print(table)
 

@@ -61,6 +61,8 @@ def picture(path: Path | str, size: tuple[int, int] | None = None) -> Image.Imag
 
 def _decoded(path: Path) -> Image.Image:
     try:
+        if not path.is_file():
+            raise BadPicture("is a folder or a broken link, not a picture. Remove it.")
         if path.stat().st_size == 0:
             raise BadPicture("the file is empty (0 bytes). Copy it anew or remove it.")
         with warnings.catch_warnings():
@@ -70,7 +72,7 @@ def _decoded(path: Path) -> Image.Image:
                 image.load()
                 return image.copy()
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise BadPicture(_too_large(str(error).split(" exceeds")[0].lower())) from error
+        raise BadPicture(_too_large(str(error).split("(")[1].split(")")[0])) from error
     except UnidentifiedImageError as error:
         raise BadPicture("is not a picture that can be read. Save it as PNG, JPEG or WebP.") from error
     except BROKEN as error:

@@ -87,7 +87,11 @@ def _named(where: Path, instance_prompt: str | None, mistakes: list[str]) -> lis
         _refuse_two_captions(metadata if metadata.is_file() else captions[0] if captions else None, instance_prompt)
         return [_Named(path, instance_prompt.strip(), None, str(path)) for path in files]
     if metadata.is_file():
-        _refuse_two_captions(metadata, str(captions[0]) if captions else None)
+        if captions:
+            raise UserError(
+                f"{metadata}: captions come from here, but {captions[0].name} lies beside it as well. Remove the .txt "
+                f"files, or {METADATA}."
+            )
         rows = _rows(metadata, mistakes, fenced=True)
         _refuse_unlisted(files, rows, metadata, mistakes)
         return rows

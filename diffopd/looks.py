@@ -26,7 +26,7 @@ from diffopd.features import Features, check_features, kid, load_features, neare
 from diffopd.image_file import picture
 from diffopd.metrics import diversity
 from diffopd.run_folder import RunFolder
-from diffopd.teacher_check import check_teacher, not_step_distilled
+from diffopd.teacher_check import check_teacher, not_step_distilled, told_verdict
 from diffopd.tune import Tuning, unguided
 from diffopd.tune_recipe import LookSettings, NoisingSettings
 
@@ -152,6 +152,7 @@ def begin_looking(tuning: Tuning, *, force: bool) -> Callable[[Run, bool], None]
         _warn(console, cut_captions(run.student.pipeline, _captions(run)))
         if is_new and not tuning.asked.is_given:
             verdict = check_teacher(run, folder, features, force=force)
+            console.print(told_verdict(verdict, folder), markup=False)
             _warn(console, not_step_distilled(verdict, run.recipe.student.num_inference_steps))
             _tell_cost(run, folder, tuning, console)
         if tuning.asked.look.every:

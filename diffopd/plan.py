@@ -131,7 +131,7 @@ def render(plan: Plan) -> RenderableType:
     facts.add_column(style="bold", no_wrap=True)
     facts.add_column()
     for name, value in _facts(plan):
-        facts.add_row(name, value)
+        facts.add_row(name, Text(value))  # a path may have brackets
     teachers = Table("teacher", "form", "guidance", "evaluations", "prompts (train, test)", "share", box=None)
     for teacher in plan.teachers:
         prompts = f"{teacher.train_prompts}, {teacher.test_prompts}"

@@ -129,7 +129,7 @@ def render_teach(found: TeachParts, processes: int = 1) -> RenderableType:
     facts.add_column(style="bold", no_wrap=True)
     facts.add_column()
     for name, value in _facts(found, processes):
-        facts.add_row(name, value)
+        facts.add_row(name, Text(value))  # a path may have brackets
     return Group(Text(f"Plan of teaching {recipe.card.name} ({recipe.path})", "bold"), facts)
 
 

@@ -38,7 +38,8 @@ class Verdict:
 
     measure: 1 - cosine in "DINO" or the IP-Adapter's "image encoder", or "pixels" (thumbnails). closer: share of the
     pictures that the context brings nearer. few_step_sharpness: the student's at its own steps as a share of that in
-    four times as many, None where its call fixes the grid.
+    four times as many, of prompts to keep where there are some (a new word is drawn dully in any number of steps), None
+    where its call fixes the grid.
     """
 
     measure: str
@@ -87,6 +88,14 @@ def check_teacher(run: Run, folder: RunFolder, features: Features = NO_FEATURES,
             "Try another context (context.kind, context.scale, richer captions) or model; --force trains anyway."
         )
     return verdict
+
+
+def told_verdict(verdict: Verdict, folder: RunFolder) -> str:
+    """What the check found, in one line."""
+    return (
+        f"The teacher's drawings are {verdict.with_context:.3f} from the pictures with its context and "
+        f"{verdict.without_context:.3f} from text alone ({verdict.measure}): {folder.path / GRID}."
+    )
 
 
 def not_step_distilled(verdict: Verdict, num_inference_steps: int) -> str | None:
@@ -140,7 +149,8 @@ def _few_step_sharpness(run: Run) -> float | None:
 
     if {"sigmas", "timesteps"} & set(run.student.call.arguments):
         return None
-    numbers, rows = batches_of(run, run.teachers[0], list(enumerate(run.teachers[0].train_rows[:ROWS])))[0]
+    known = run.teachers[-1]
+    numbers, rows = batches_of(run, known, list(enumerate(known.train_rows[:ROWS])))[0]
     prompts, size, call = [row.prompt for row in rows], rows[0].bucket, run.student.call
     few = mean([sharpness(image) for image in draw(run, call, prompts, numbers, size)])
     many_steps = call.told(num_inference_steps=MORE_STEPS * run.recipe.student.num_inference_steps)

@@ -66,13 +66,15 @@ def prepare(asked: TuneRecipe, task_folder: Path | None = None, *, shipped: bool
     except UserError as error:
         raise UserError(f"{asked.place('student', 'pretrained_model_name_or_path')}: {error}") from error
     pictures = read_pictures(asked.images.folder, asked.images.instance_prompt)
-    asked = _with_guidance(asked, base)
     context = None
     if not asked.is_given:
         context = asked.context_for(
             base.pipeline_class, is_enhanced=all(p.enhanced for p in pictures), folder=base.folder
         )
         _refuse_missing_files(asked, context)
+    if asked.look.unrelated:
+        read_prompts(asked.look.unrelated)
+    asked = _with_guidance(asked, base)
     buckets = _buckets(asked, base, pictures)
     folder = task_folder or Path(asked.output_dir).absolute() / TASK
     recipe = from_resolved(_resolved(asked, base, context, folder), asked.source)

@@ -23,9 +23,15 @@ def facts(tuning: Tuning) -> list[tuple[str, str]]:
         ("pictures", f"{len(pictures)} from {asked.images.folder}"),
         ("sizes", "; ".join([shapes, *notes])),
         ("method", MANNERS[asked.method]),
+        *([("left out", _left_out(asked))] if asked.left_out else []),
         *([("watched", _watched(asked))] if asked.look.every else []),
         *(_given_facts(tuning) if asked.is_given else _teacher_facts(tuning)),
     ]
+
+
+def _left_out(asked: TuneRecipe) -> str:
+    tables = ", ".join(f"[{table}]" for table in asked.left_out)
+    return f"{tables} of {asked.source.path.name}, which are of another method"
 
 
 def _watched(asked: TuneRecipe) -> str:
@@ -58,7 +64,9 @@ def _prior(asked: TuneRecipe) -> str:
 def _given_facts(tuning: Tuning) -> list[tuple[str, str]]:
     asked, recipe = tuning.asked, tuning.recipe
     steps, guidance = asked.student.num_inference_steps, recipe.teachers[0].guidance_scale
-    found = [("levels", f"{asked.noising.num_levels}, a picture's drawn evenly among them; guidance {guidance:g}")]
+    levels, query = asked.noising.num_levels, recipe.objective.query
+    drawn = f"{levels}, a picture's drawn evenly among them" if query == EVENLY else f"of {levels}, those of {query}"
+    found = [("levels", f"{drawn}; guidance {guidance:g}")]
     if asked.method == "dreambooth":
         found.append(("prior", _prior(asked)))
     if steps <= FEW_STEPS:
@@ -66,6 +74,7 @@ def _given_facts(tuning: Tuning) -> list[tuple[str, str]]:
     return found
 
 
+EVENLY = {"random": 1}
 MANNERS = {
     "d-opsd": "D-OPSD: on the student's own walk, against its richer self",
     "sft": "SFT: noised pictures, the loss that the base was trained with",

@@ -13,7 +13,7 @@ from diffopd.context import NETWORK, SEES, ContextSettings, Kind, check_context,
 from diffopd.data import read_prompts
 from diffopd.errors import UserError
 from diffopd.locate import absolute, find_tune_recipe
-from diffopd.overrides import apply_override
+from diffopd.overrides import apply_override, parse_override
 from diffopd.recipe import (
     Called,
     Count,
@@ -31,6 +31,12 @@ from diffopd.settings import Location, Settings, Source, read_toml, validated
 FOLLOWED = 0.18  # of the way to the student, by the end of a run: 1 - .9999^2000, D-OPSD's best (arXiv:2605.05204)
 COMMAND_LINE = Path("command line")
 METHODS = Literal["d-opsd", "sft", "dreambooth"]
+# What has no effect on a method. A recipe's [objective] is its own method's too.
+UNUSED: dict[str, tuple[str, ...]] = {
+    "d-opsd": ("noising",),
+    "sft": ("teacher", "context", "prior"),
+    "dreambooth": ("teacher", "context"),
+}
 DEFAULTS: dict[str, dict[str, Any]] = {
     "student": {"rank": 64, "lora_alpha": 128},
     "train": {"learning_rate": 1e-4, "batch_size": 4, "max_train_steps": 2000},
@@ -150,17 +156,16 @@ class TuneRecipe(Settings):
     evaluate: EvaluateSettings = EvaluateSettings()
     look: LookSettings = LookSettings()
     _source: Source = PrivateAttr()
+    _left_out: tuple[str, ...] = PrivateAttr(default=())
 
     @model_validator(mode="after")
     def _fits_the_method(self) -> TuneRecipe:
-        others = {
-            "d-opsd": ("noising",),
-            "sft": ("teacher", "context", "prior"),
-            "dreambooth": ("teacher", "context"),
-        }
-        unused = next((key for key in others[self.method] if key in self.model_fields_set), None)
+        unused = [f"[{key}]" for key in UNUSED[self.method] if key in self.model_fields_set]
         if unused:
-            raise ValueError(f'[{unused}] has no effect on method = "{self.method}". Remove it, or change the method.')
+            raise ValueError(
+                f'{", ".join(unused)} ha{"ve" if unused[1:] else "s"} no effect on method = "{self.method}". Remove '
+                f"{'them' if unused[1:] else 'it'}, or change the method."
+            )
         if self.teacher.weights == "frozen" and self.student.init_weights:
             raise ValueError(
                 'teacher.weights = "frozen" is the base alone, without student.init_weights, so it would not take the '
@@ -195,6 +200,11 @@ class TuneRecipe(Settings):
     def source(self) -> Source:
         """Where the settings came from."""
         return self._source
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """Tables of the recipe's file that are its own method's, where another one was asked for."""
+        return self._left_out
 
     def place(self, *location: str | int) -> str:
         """'file:line' (or the --set option) that gave a key."""
@@ -240,12 +250,14 @@ def read_tune_recipe(
 ) -> TuneRecipe:
     """A tuning run from a recipe (shelf name or .toml file), a model and a folder of pictures, or a recipe and these.
 
-    Relative paths in the file are taken from its folder, all others from the current one. Raises UserError naming
-    file, line and key for anything that is not allowed.
+    Where the overrides ask for another method than the file, the file's tables of its own method are left out. Relative
+    paths in the file are taken from its folder, all others from the current one. Raises UserError naming file, line and
+    key for anything that is not allowed.
     """
     options = [f"student.pretrained_model_name_or_path={quoted(model)}"] if model else []
     options += [f"images.folder={quoted(images)}"] if images else []
     data, source = _file(path) if path else _command_line(model, images)
+    left_out = _leave_out(data, overrides or [])
     _make_paths_absolute(data, source.path.parent)
     replaced: dict[Location, str] = {}
     for option in [*(options if path else []), *(overrides or [])]:
@@ -263,8 +275,18 @@ def read_tune_recipe(
         data.setdefault("output_dir", f"runs/{data['name']}" + ("" if method == "d-opsd" else f"-{method}"))
     source = Source(source.path, source.text, source.lines, replaced)
     recipe = validated(TuneRecipe, data, source)
-    recipe._source = source
+    recipe._source, recipe._left_out = source, left_out
     return recipe
+
+
+def _leave_out(data: dict[str, Any], overrides: list[str]) -> tuple[str, ...]:
+    """Take out of a file's data what belongs to its own method, where `overrides` ask for another; returns what."""
+    own = data.get("method", "d-opsd")
+    asked = [value for parts, value in map(parse_override, overrides) if parts == ["method"]]
+    method = asked[-1] if asked else own
+    if method == own or method not in UNUSED:
+        return ()
+    return tuple(table for table in (*UNUSED[method], "objective") if data.pop(table, None) is not None)
 
 
 def quoted(text: str) -> str:
@@ -283,8 +305,9 @@ def _file(path: str) -> tuple[dict[str, Any], Source]:
 def _command_line(model: str | None, images: str | None) -> tuple[dict[str, Any], Source]:
     """A recipe of two settings, and its text as a file would have it."""
     if not (model and images):
+        missing = "which model" if images else "which pictures" if model else "what"
         raise UserError(
-            "Nothing to tune. Give --model (a folder or hub id) and --images (a folder of pictures), or the path of a "
+            f"Tune {missing}? Give --model (a folder or hub id) and --images (a folder of pictures), or the path of a "
             "tuning recipe (.toml)."
         )
     name = re.sub(r"[^A-Za-z0-9_.-]+", "-", Path(images).expanduser().absolute().stem).strip("-.") or "tuned"

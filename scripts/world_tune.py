@@ -76,26 +76,11 @@ def run(
             print(f"{name}: finished already")
             continue
         options = [f"seed={number}", f"train.learning_rate={length}", f"train.max_train_steps={updates}"]
-        command = [sys.executable, "-m", "diffopd.cli", "tune", str(recipe_for(data, kind, output)), "--method", kind]
+        command = [sys.executable, "-m", "diffopd.cli", "tune", str(data / "tune.toml"), "--method", kind]
         command += ["--output-dir", str(output / name), "--processes", str(processes), "--force"]
         print(f"{name} ...", flush=True)
         more = [part for option in [*options, *(settings or [])] for part in ("--set", option)]
         subprocess.run([*command, *more], check=True)
-
-
-def recipe_for(data: Path, method: str, output: Path) -> Path:
-    """The set's recipe; for ordinary fine-tuning without the tables that it does not take, at a place of its own."""
-    if method == "d-opsd":
-        return data / "tune.toml"
-    tables = re.split(r"^(?=\[)", (data / "tune.toml").read_text(), flags=re.MULTILINE)
-    unused = ["teacher", "context", "objective", *([] if method == "dreambooth" else ["prior"])]
-    text = "".join(table for table in tables if table[1:].partition("]")[0] not in unused)
-    text = text.replace('folder = "."', f"folder = {json.dumps(str(data.resolve()))}")
-    for name in ('"held-out.jsonl"', '"../unrelated.jsonl"'):
-        text = text.replace(name, json.dumps(str((data / name.strip('"')).resolve())))
-    target = output / f"{data.name}-{method}.toml"
-    target.write_text(text)
-    return target
 
 
 @app.command("score")

@@ -115,7 +115,7 @@ def ip_options(tmp_path_factory) -> list[str]:
 @pytest.fixture
 def run_with_teacher(tiny_sd, pictures, ip_options):
     """A tuning run before its first update, its teacher seeing by an IP-Adapter, and its folder."""
-    from runs import prepared
+    from run_helpers import prepared
     from tuning import asked
 
     from diffopd.run_folder import RunFolder

@@ -7,7 +7,7 @@ import tiny
 import torch
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
-from runs import BEGIN, NO_CLIP, gradients_of, prepared, recipe_with, rows_of, run_to_end
+from run_helpers import BEGIN, NO_CLIP, gradients_of, prepared, recipe_with, rows_of, run_to_end
 from safetensors.torch import load_file, save_file
 
 from diffopd import distill as loop

@@ -7,7 +7,7 @@ import pytest
 import torch
 from cast import arguments, pipeline_with, scheduler_named
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
-from runs import recipe_with, run_to_end
+from run_helpers import recipe_with, run_to_end
 
 from diffopd.attention import check_attention_backend, dispatches, proof_of_use, use_attention_backend
 from diffopd.drive import Call, Walk, denoiser_of

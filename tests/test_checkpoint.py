@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 from limits import largest_file
-from runs import assert_same_state, prepared, recipe_with, rows_of, run_to_end, state_of, weights_of
+from run_helpers import assert_same_state, prepared, recipe_with, rows_of, run_to_end, state_of, weights_of
 from safetensors.torch import load_file
 
 from diffopd import checkpoint

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from runs import (
+from run_helpers import (
     BEGIN,
     NO_CLIP,
     assert_same_gradients,

@@ -13,7 +13,7 @@ import pytest
 import tiny
 import torch
 from cast import SIZE, draws
-from runs import assert_same_gradients, gradients_of, prepared, recipe_with, run_to_end, weights_of
+from run_helpers import assert_same_gradients, gradients_of, prepared, recipe_with, run_to_end, weights_of
 from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 

@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 from PIL import Image
-from runs import prepared
+from run_helpers import prepared
 from torchmetrics.image.kid import poly_mmd
 from transformers import (
     CLIPConfig,

@@ -181,7 +181,9 @@ def tiff_16(path):
         ("rgb16.png", sixteen_bits, "16 or more bits"),
         ("grey16.tiff", tiff_16, "16 or more bits"),
         ("lab.tiff", lambda p: draw(p, 0, mode="LAB"), "colour mode LAB"),
-        ("bomb.png", bomb, "too large"),
+        ("bomb.png", bomb, " pixels; allowed are"),
+        ("folder.png", lambda p: p.mkdir(), "is a folder or a broken link"),
+        ("gone.png", lambda p: p.symlink_to(p.parent / "nowhere.png"), "is a folder or a broken link"),
         ("large.png", lambda p: bomb(p, (8200, 8200)), "too large (8200 x 8200 pixels"),
     ],
 )
@@ -257,7 +259,7 @@ def test_captions_that_are_not_utf8_are_named_with_their_line(folder, listed):
 
 def test_two_sources_of_captions_are_refused(folder, listed, tmp_path):
     (listed / "red.txt").write_text("a dot")
-    assert "Keep one of the two" in refusal(listed)
+    assert "red.txt lies beside it as well. Remove the .txt files, or metadata.jsonl" in refusal(listed)
     assert "Keep one of the two" in refusal(listed, instance_prompt="sks")
     (listed / "metadata.jsonl").unlink()
     assert "Keep one of the two" in refusal(listed, instance_prompt="sks")

@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 from PIL import Image
-from runs import rows_of
+from run_helpers import rows_of
 from tuning import asked
 
 from diffopd import closeness
@@ -30,6 +30,8 @@ def test_what_is_watched_is_said(tiny_sd, pictures, tmp_path):
     held_out = f"images.held_out={json.dumps(str(tmp_path / 'new.txt'))}"
     told = dict(facts(prepare(asked(tiny_sd, pictures, "look.every=5", held_out))))
     assert told["watched"].startswith("every 5 updates and at the end, 8 drawings of prompts in")
+    with pytest.raises(UserError, match=r"none\.jsonl"):
+        prepare(asked(tiny_sd, pictures, f"look.unrelated={json.dumps(str(tmp_path / 'none.jsonl'))}"))
 
 
 def noise_picture(seed):

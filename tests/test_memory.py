@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 from from_scripts import script
-from runs import assert_same_gradients, gradients_of, prepared, recipe_with, run_to_end
+from run_helpers import assert_same_gradients, gradients_of, prepared, recipe_with, run_to_end
 
 from diffopd import assemble as assembly
 from diffopd import distill as loop

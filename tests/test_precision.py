@@ -4,7 +4,7 @@ import pytest
 import tiny
 import torch
 from cast import arguments, cast_for, scheduler_named
-from runs import NO_CLIP, gradients_of, prepared, recipe_with, run_to_end, weights_of
+from run_helpers import NO_CLIP, gradients_of, prepared, recipe_with, run_to_end, weights_of
 
 from diffopd import distill as loop
 from diffopd.adapters import autocast_forward

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import (
+from run_helpers import (
     NO_CLIP,
     assert_same_gradients,
     gradients_of,

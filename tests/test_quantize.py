@@ -4,7 +4,7 @@ import importlib.util
 
 import pytest
 import torch
-from runs import NO_CLIP, gradients_of, prepared, recipe_with, run_to_end, weights_of
+from run_helpers import NO_CLIP, gradients_of, prepared, recipe_with, run_to_end, weights_of
 from test_precision import flat
 
 from diffopd.assemble import quantization_config

@@ -232,8 +232,8 @@ def test_pictures_are_embedded_with_prompts_and_verdicts(full_run):
     pictures = re.findall(r'<img src="data:image/png;base64,[^"]+" alt="([^"]+)" class="pixels"', page)
     assert len(pictures) == len(TASKS) * 3 + len(TASKS) * 2 * 2
     assert [name.split(":")[0] for name in pictures[:3]] == ["base", "dots", "student"]
-    assert page.count(">✗</span>") == len(TASKS) and page.count("✓") == 2 * len(TASKS)
-    assert "✓ 0.75" in words_of(page)
+    assert page.count(">✗</span>") == len(TASKS) and page.count("✓") == len(TASKS)
+    assert "✓ 0.75" not in words_of(page) and words_of(page).count(" 0.75") >= len(TASKS), "neither right nor wrong"
 
 
 def test_the_walk_shows_the_student_above_the_teacher_with_sigmas(full_run):

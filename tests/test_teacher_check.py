@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 from PIL import Image
-from runs import prepared
+from run_helpers import prepared
 from tuning import asked
 
 from diffopd.errors import UserError

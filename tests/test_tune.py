@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 from PIL import Image
-from runs import assert_same_state, prepared, rows_of, state_of
+from run_helpers import assert_same_state, prepared, rows_of, state_of
 from safetensors.torch import load_file
 from test_cli import command as run_cli
 from tuning import SMALL, asked, trained
@@ -236,7 +236,10 @@ def test_the_command_prints_the_plan_and_writes_nothing(tiny_sd, pictures, tmp_p
     (pictures / "1.png").write_bytes(b"")
     result = run_cli("tune", "--model", str(tiny_sd), "--images", str(pictures), *sets)
     assert result.exit_code == 2 and "metadata.jsonl:2" in result.output and not (tmp_path / "runs").exists()
-    assert "Nothing to tune" in run_cli("tune", "--model", str(tiny_sd)).output
+    assert "Tune which pictures?" in run_cli("tune", "--model", str(tiny_sd)).output
+    assert "Tune which model?" in run_cli("tune", "--images", str(pictures)).output
+    said = run_cli("tune", "--model", str(tiny_sd), "--images", str(pictures), "--method", "dreamboth").output
+    assert "--method dreamboth" in said and 'Did you mean "dreambooth"?' in " ".join(said.split())
 
 
 def test_a_folder_in_which_another_process_works_gets_no_task(tiny_sd, pictures, tmp_path):

@@ -6,7 +6,7 @@ import weakref
 import pytest
 import torch
 from PIL import Image
-from runs import assert_same_state, prepared, rows_of, state_of
+from run_helpers import assert_same_state, prepared, rows_of, state_of
 from test_cli import command as run_cli
 from tuning import SMALL, asked, trained
 
@@ -14,6 +14,7 @@ from diffopd import distill as loop
 from diffopd import noise, prior, processes
 from diffopd.data_states import encode_pictures
 from diffopd.errors import UserError
+from diffopd.locate import tune_recipe_names
 from diffopd.plan import make_plan
 from diffopd.preflight import check
 from diffopd.prior import draw_prior
@@ -193,6 +194,38 @@ def test_a_baseline_trains_over_buckets_and_resumes_exactly(tiny_sd, pictures, t
     assert all(row["loss"] > 0 and row["network_calls"]["teacher"] == 0 for row in rows)
     assert rows[0]["network_calls"]["student"] == 2 * (1 + ("method=sft" not in options))
     assert all(set(states) == {"0"} or len(states) == 1 for states in rows[0]["loss_per_step"].values())
+
+
+@pytest.mark.parametrize("name", tune_recipe_names())
+@pytest.mark.parametrize("method", ["sft", "dreambooth"])
+def test_another_method_leaves_out_what_a_shipped_recipe_says_for_its_own(pictures, name, method):
+    """Its levels are drawn evenly: a query that was written for the walk would name two of fifty."""
+    own = read_tune_recipe(name, None, str(pictures))
+    options = [f'method="{method}"', *(['prior.class_prompt="a dot"'] if not own.prior.is_given else [])]
+    other = read_tune_recipe(name, None, str(pictures), options if method == "dreambooth" else options[:1])
+    kept = {"prior"} if method == "dreambooth" or not own.prior.is_given else set()
+    assert set(other.left_out) == {"teacher", "context", "objective", "prior"} - kept
+    assert other.objective.query == {"random": 1} and other.objective.states == "data"
+    assert (other.student, other.train, other.look) == (own.student, own.train, own.look)
+    with pytest.raises(UserError, match=r"\[teacher\], \[context\](, \[prior\])? have no effect on method"):
+        read_tune_recipe(name, None, str(pictures), [*options, "teacher.weights=frozen", "context.scale=1.0"])
+
+
+def test_what_is_left_out_is_told_and_a_file_of_that_method_may_not_have_it(tiny_sd, pictures, tmp_path):
+    file = tmp_path / "mine.toml"
+    text = f'name = "mine"\n[student]\npretrained_model_name_or_path = "{tiny_sd}"\n[images]\nfolder = "pictures"\n'
+    file.write_text(text + '[context]\nkind = "enhanced_prompt"\n[objective]\nquery = {indices = [0]}\n')
+    told = " ".join(
+        run_cli("tune", str(file), "--images", str(pictures), "--method", "sft", "--dry-run").output.split()
+    )
+    assert "left out [context], [objective] of mine.toml, which are of another method" in told
+    assert "a picture's drawn evenly among them" in told
+    file.write_text('method = "sft"\n' + text + "[objective]\nquery = {indices = [0]}\n")
+    told = " ".join(run_cli("tune", str(file), "--images", str(pictures), "--dry-run").output.split())
+    assert "levels of 50, those of {'indices': [0]}" in told and "left out" not in told
+    file.write_text(file.read_text() + '[context]\nkind = "enhanced_prompt"\n')
+    with pytest.raises(UserError, match=r"\[context\] has no effect"):
+        read_tune_recipe(str(file), None, str(pictures))
 
 
 @pytest.mark.parametrize(

@@ -25,17 +25,15 @@ def sets(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", ["manner", "object", "word"])
-def test_ordinary_fine_tuning_gets_the_sets_recipe_without_what_it_does_not_take(sets, tmp_path, kind):
-    asked = ['method="sft"']
-    with pytest.raises(Exception, match=r"\[(context|teacher)\] has no effect"):
-        read_tune_recipe(str(sets / kind / "tune.toml"), None, None, asked)
-    told = read_tune_recipe(str(sets / kind / "tune.toml"), None, None)
-    plain = read_tune_recipe(str(world_tune.recipe_for(sets / kind, "sft", tmp_path)), None, None, asked)
-    assert plain.student == told.student
-    assert Path(plain.look.unrelated).samefile(told.look.unrelated)
-    assert Path(plain.images.folder).samefile(told.images.folder)
-    assert Path(plain.images.held_out).samefile(told.images.held_out)
-    assert world_tune.recipe_for(sets / kind, "d-opsd", tmp_path) == sets / kind / "tune.toml"
+@pytest.mark.parametrize(
+    ("method", "left"), [("sft", {"teacher", "context", "prior"}), ("dreambooth", {"teacher", "context"})]
+)
+def test_ordinary_fine_tuning_gets_the_sets_recipe_without_what_it_does_not_take(sets, kind, method, left):
+    recipe = read_tune_recipe(str(sets / kind / "tune.toml"), None, None, [f'method="{method}"'])
+    own = read_tune_recipe(str(sets / kind / "tune.toml"), None, None)
+    assert set(recipe.left_out) == {*left, "objective"} and recipe.objective.query == {"random": 1}
+    assert (recipe.student, recipe.images, recipe.look) == (own.student, own.images, own.look)
+    assert recipe.prior.is_given == (method == "dreambooth")
 
 
 def test_every_combination_is_started_once_and_a_finished_one_is_kept(sets, tmp_path, monkeypatch):
