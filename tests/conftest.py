@@ -87,6 +87,22 @@ def own_recipe(tmp_path, tiny_sd, own_teachers) -> Path:
     return tiny.write_recipe(tmp_path / "tiny.toml", tiny_sd, own_teachers)
 
 
+@pytest.fixture(scope="session")
+def strangers():
+    """A process of stock diffusers that forks for whoever asks it (strangers.py)."""
+    from strangers import Strangers
+
+    server = Strangers()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def soon(strangers, monkeypatch):
+    """An export's stranger is a fork, not a new interpreter: the same program, without its seconds of importing."""
+    monkeypatch.setattr("diffopd.stranger.subprocess", strangers)
+
+
 @pytest.fixture
 def pictures(tmp_path) -> Path:
     """Three pictures to tune on, one of them wide, with both captions."""

@@ -24,7 +24,7 @@ from diffopd.load import load_pipeline, student_pipeline
 from diffopd.preflight import check
 from diffopd.recipe import read_recipe
 from diffopd.run_folder import RunFolder
-from diffopd.stranger import Form
+from diffopd.stranger import Form, ask
 from diffopd.teacher import teacher_card
 
 
@@ -206,6 +206,7 @@ def test_the_cards_code_is_the_students_own_call_in_every_family(trained, family
     assert expected in cards_of.model_card(exported)
 
 
+@pytest.mark.usefixtures("soon")
 def test_a_scheduler_of_the_recipe_is_set_where_the_form_does_not_carry_it(tmp_path, tiny_sd, tiny_teachers):
     recipe = tiny.write_recipe(tmp_path / "r.toml", tiny_sd, tiny_teachers[:1])
     scheduler = 'student.scheduler={class="EulerDiscreteScheduler", use_karras_sigmas=true}'
@@ -250,6 +251,12 @@ def test_what_an_interrupted_export_left_is_removed_with_a_word(trained, agreein
     target = export_run(trained, ["lora"], tell=said.append)
     assert any("interrupted; removed" in line for line in said)
     assert not left.exists() and not (target / "half.safetensors").exists()
+
+
+@pytest.mark.usefixtures("soon")
+def test_a_form_that_stock_diffusers_cannot_load_is_told_with_its_reason(tmp_path):
+    with pytest.raises(UserError, match=r"(?s)Stock diffusers cannot reload the export:.*model_index\.json"):
+        ask([Form("diffusers", str(tmp_path))], {}, tmp_path / "probe")
 
 
 def test_the_stranger_cannot_import_us():
@@ -371,6 +378,7 @@ def test_a_form_of_other_weights_is_named_and_made_again(trained, agreeing, stat
     assert set(json.loads((target / "weights.json").read_text())) == {"kohya", "lora"}
 
 
+@pytest.mark.usefixtures("soon")
 def test_the_same_command_after_the_end_says_so_and_makes_nothing_again(tmp_path, tiny_recipe):
     command = ["distill", str(tiny_recipe), "--set", "train.max_train_steps=1"]
     first = CliRunner().invoke(app, command)

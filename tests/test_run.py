@@ -40,9 +40,11 @@ def finished(tmp_path_factory, tiny_sd, tiny_teachers):
 
 
 @pytest.fixture(scope="module")
-def exported(finished):
+def exported(finished, strangers):
     """The export of `finished`. Read only."""
-    return export_run(finished)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("diffopd.stranger.subprocess", strangers)
+        return export_run(finished)
 
 
 def scores_of(path):
@@ -172,6 +174,7 @@ def test_the_commands_say_what_they_made(finished):
     assert reported.exit_code == 0 and "report.html" in reported.output
 
 
+@pytest.mark.usefixtures("soon")
 def test_a_full_student_is_exported_too_and_a_scheduler_override_travels_with_it(tmp_path, tiny_sd, tiny_teachers):
     recipe = tiny.write_recipe(tmp_path / "r.toml", tiny_sd, tiny_teachers[:1])
     scheduler = 'student.scheduler={class="DPMSolverMultistepScheduler", rescale_betas_zero_snr=false}'
@@ -182,6 +185,7 @@ def test_a_full_student_is_exported_too_and_a_scheduler_override_travels_with_it
     assert "DPMSolverMultistepScheduler" in (target / "pipeline" / "model_index.json").read_text()
 
 
+@pytest.mark.usefixtures("soon")
 def test_a_guided_student_with_negative_prompt_and_noisy_scheduler_goes_the_whole_road(
     tmp_path, tiny_sd, tiny_teachers, monkeypatch
 ):

@@ -252,6 +252,7 @@ def test_a_folder_in_which_another_process_works_gets_no_task(tiny_sd, pictures,
         assert [path.name for path in (tmp_path / "run").iterdir()] == [LOCK]
 
 
+@pytest.mark.usefixtures("soon")
 def test_the_command_goes_the_whole_road(tiny_sd, pictures, tmp_path, ip_options):
     sets = [part for option in [*SMALL[:-1], "look.every=1", "look.num_prompts=2"] for part in ("--set", option)]
     sets += [part for option in [*ip_options, "evaluate.num_prompts=2"] for part in ("--set", option)]

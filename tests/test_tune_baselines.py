@@ -292,6 +292,7 @@ def test_the_plan_names_the_method_and_its_calls(tiny_sd, pictures, tmp_path, mo
     assert "student 4, teachers 0 an update" in told and not (tmp_path / "runs").exists()
 
 
+@pytest.mark.usefixtures("soon")
 def test_dreambooth_goes_the_whole_road(tiny_sd, pictures, tmp_path):
     run = tmp_path / "tuned"
     options = [*SMALL[:-1], "look.every=1", "look.num_prompts=2", "evaluate.num_prompts=1", *CLASS]
