@@ -11,7 +11,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,15 @@ import torch
 from rich.progress import Progress
 
 from diffopd import noise, sampling
-from diffopd.adapters import AdapterSwitch, freeze
+from diffopd.adapters import STUDENT, AdapterSwitch, freeze
 from diffopd.assemble import own_denoisers, own_guidance, student_arguments, with_denoiser, with_scheduler
 from diffopd.blueprint import pipeline_hashes
 from diffopd.data import PromptRow, asked_of, read_prompts
 from diffopd.drive import Call, denoiser_of, shell, survey
-from diffopd.load import load_lora, load_pipeline, student_pipeline
+from diffopd.load import LORA_FILE, checkpoint_of, load_lora, load_pipeline, student_pipeline
 from diffopd.locate import find_pipeline
 from diffopd.metrics import bootstrap_interval, diversity, ratio_interval
+from diffopd.precision import answer_in_float32, component_dtypes
 from diffopd.processes import default_device
 from diffopd.recipe import Recipe, TeacherSettings
 from diffopd.reward import card_reward
@@ -87,8 +88,7 @@ def evaluate_run(run_dir: Path, *, everything: bool = False) -> Path:
     recipe = folder.recipe()
     cards = [teacher_card(settings.name, recipe.path) for settings in recipe.teachers]
     tasks = tasks_of(cards, recipe.evaluate.num_prompts)
-    references = reference_contenders(recipe, cards) if recipe.evaluate.teachers else []
-    student = student_contender(recipe, student_pipeline(folder.path).to(default_device()))
+    references, student = contenders(folder, recipe, cards)
     if not everything:
         references = [c for c in references if c.model != "average"]
     known = {} if everything else card_results(recipe, cards, tasks, references)
@@ -100,6 +100,19 @@ def evaluate_run(run_dir: Path, *, everything: bool = False) -> Path:
     return _write(target, results, recipe, cards, asked, folder.latest_checkpoint().name)
 
 
+def contenders(folder: RunFolder, recipe: Recipe, cards: list[TeacherCard]) -> tuple[list[Contender], Contender]:
+    """References and the student of a run's last checkpoint.
+
+    In float32 the student is the pipeline that is exported; under evaluate.dtype = "bf16" a LoRA student is an adapter
+    on the references' own trunk. Raises UserError where there is no checkpoint.
+    """
+    if recipe.evaluate.dtype == "float32":
+        references = reference_contenders(recipe, cards) if recipe.evaluate.teachers else []
+        return references, student_contender(recipe, student_pipeline(folder.path).to(default_device()))
+    *references, student = reference_contenders(recipe, cards, student=checkpoint_of(folder) / LORA_FILE)
+    return references if recipe.evaluate.teachers else [], student
+
+
 def tasks_of(cards: list[TeacherCard], num_prompts: int) -> list[Task]:
     """The first `num_prompts` held-out rows of each teacher's task, its reward loaded.
 
@@ -108,14 +121,24 @@ def tasks_of(cards: list[TeacherCard], num_prompts: int) -> list[Task]:
     return [Task(card.name, read_prompts(card.prompts.test)[:num_prompts], card_reward(card)) for card in cards]
 
 
-def reference_contenders(recipe: Recipe, cards: list[TeacherCard]) -> list[Contender]:
-    """The base at several guidance scales, each teacher and their average at their own steps and the student's."""
-    base = with_scheduler(load_pipeline(recipe.student.pretrained_model_name_or_path), recipe).to(default_device())
+def reference_contenders(recipe: Recipe, cards: list[TeacherCard], student: Path | None = None) -> list[Contender]:
+    """The base at several guidance scales, each teacher and their average at their own steps and the student's.
+
+    student: the file of a LoRA student, which then comes last, on the same trunk.
+    """
+    dtypes = component_dtypes(recipe.evaluate.dtype)
+    base = load_pipeline(recipe.student.pretrained_model_name_or_path, dtypes)
+    base = with_scheduler(base, recipe).to(default_device())
     freeze(base)
     own = own_denoisers(base, cards, recipe)
     for card in cards:
         if card.form == "lora":
             load_lora(base, card, adapter_name=card.name)
+    if student:
+        load_lora(base, str(student), adapter_name=STUDENT)
+    if recipe.evaluate.dtype != "float32":
+        for denoiser in (denoiser_of(base), *(teacher.module for teacher in own.values())):
+            answer_in_float32(denoiser, denoiser.dtype)
     switch = AdapterSwitch(denoiser_of(base))
     asked = [own_steps(*pair) for pair in zip(recipe.teachers, cards, strict=True) if pair[1].form != "pictures"]
     steps = max(asked, default=recipe.student.num_inference_steps)
@@ -135,6 +158,9 @@ def reference_contenders(recipe: Recipe, cards: list[TeacherCard]) -> list[Conte
         call = Call(pipeline, {**settings.call}, binding)
         for count in dict.fromkeys((own_steps(settings, card), recipe.scored_steps)):
             found.append(Contender(f"teacher:{card.name}", call, count, scale))
+    if student:
+        alone = student_contender(recipe, shell(base))
+        found.append(replace(alone, call=replace(alone.call, binding=partial(switch.bound, STUDENT))))
     return found
 
 
@@ -233,7 +259,7 @@ def card_conditions(recipe: Recipe, settings: TeacherSettings, card: TeacherCard
         "scheduler": recipe.student.scheduler,
         "base_call": recipe.student.call,
         "teacher_call": settings.call,
-    }
+    } | ({"dtype": recipe.evaluate.dtype} if recipe.evaluate.dtype != "float32" else {})
 
 
 def task_conditions(cards: list[TeacherCard]) -> dict[str, dict[str, Any]]:

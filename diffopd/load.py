@@ -161,9 +161,7 @@ def student_with_adapter(run_dir: Path, step: int | None = None) -> Any:
 
     folder = RunFolder.open(run_dir)
     recipe = folder.recipe()
-    checkpoint = folder.path / f"checkpoint-{step}" if step is not None else folder.latest_checkpoint()
-    if checkpoint is None or not checkpoint.is_dir():
-        raise UserError(f"{run_dir}: has no {checkpoint.name if checkpoint else 'checkpoint'}. Train it first.")
+    checkpoint = checkpoint_of(folder, step)
     pipeline = with_scheduler(load_pipeline(recipe.student.pretrained_model_name_or_path), recipe)
     if recipe.student.train == "lora":
         load_lora(pipeline, str(checkpoint / LORA_FILE), "default")
@@ -172,6 +170,14 @@ def student_with_adapter(run_dir: Path, step: int | None = None) -> Any:
         trained = type(denoiser_of(pipeline)).from_pretrained(checkpoint / name, use_safetensors=True)
         pipeline.register_modules(**{name: trained})
     return pipeline
+
+
+def checkpoint_of(folder: RunFolder, step: int | None = None) -> Path:
+    """A run's checkpoint-N, the latest by default. Raises UserError where the run has none."""
+    checkpoint = folder.path / f"checkpoint-{step}" if step is not None else folder.latest_checkpoint()
+    if checkpoint is None or not checkpoint.is_dir():
+        raise UserError(f"{folder.path}: has no {checkpoint.name if checkpoint else 'checkpoint'}. Train it first.")
+    return checkpoint
 
 
 def fuse_adapter(pipeline: Any) -> None:

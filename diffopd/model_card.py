@@ -249,13 +249,15 @@ def _adapter(exported: Exported) -> str:
 
 
 def _precision(recipe: Recipe) -> str:
-    """In which precision it was trained; scores and export are always of float32 weights."""
+    """In which precision it was trained and scored; the export is always of float32 weights."""
     train, quantization = recipe.train, recipe.student.quantization
     said = ["bf16 autocast" if train.mixed_precision == "bf16" else "float32"]
     said += ["frozen weights in bf16"] if train.frozen_dtype == "bf16" else []
     if quantization != "none":
         name = quantization if isinstance(quantization, str) else quantization["quant_backend"]
         said.append(f"the base's denoiser quantized ({name})")
+    if recipe.evaluate.dtype == "bf16":
+        return ", ".join(said) + "; scored on the base in bf16, exported in float32"
     return ", ".join(said) + ("; scored and exported on the base in float32" if len(said) > 1 else "")
 
 

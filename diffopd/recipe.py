@@ -271,8 +271,11 @@ class EvaluateSettings(Settings):
     """What is scored after training: held-out prompts per task, seeds, and the base's guidance scales.
 
     student_steps: at how many steps the student is scored, and its teachers beside it; None means those of its walk.
+    dtype: "bf16" scores with the frozen weights rounded, and the student's adapter beside those of its teachers on one
+    trunk, where float32 copies of both do not fit; the student is exported in float32 whatever it was scored in.
     """
 
+    dtype: Literal["float32", "bf16"] = "float32"
     num_prompts: Count = 64
     batch_size: Count = 32
     seeds: list[CountOrZero] = [0]
@@ -350,6 +353,15 @@ class Recipe(Settings):
             raise ValueError(
                 'train.tasks_per_update = "round_robin" gives every teacher the same number of turns. Remove weight '
                 'from the teachers, or set train.tasks_per_update to "all" or to a number of draws by weight.'
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _rounded_scores_are_of_a_lora(self) -> Recipe:
+        if self.evaluate.dtype != "float32" and self.student.train == "full":
+            raise ValueError(
+                'evaluate.dtype = "bf16" puts the adapter of the student beside those of its teachers on one rounded '
+                'trunk; a student of train = "full" has a network of its own, in float32. Remove it.'
             )
         return self
 

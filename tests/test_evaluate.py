@@ -3,12 +3,18 @@
 import importlib.util
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
+import torch
+from run_helpers import recipe_with, run_to_end
 
 from diffopd import evaluate as evaluation
+from diffopd.drive import denoiser_of
+from diffopd.errors import UserError
 from diffopd.recipe import read_recipe
 from diffopd.teacher import teacher_card
 
@@ -119,6 +125,7 @@ def test_another_lora_is_measured_and_the_other_teacher_is_not(place):
         ("student.call.eta=0.5", set()),
         ("teachers.dots.call.guidance_rescale=0.5", {"base", "teacher:lines"}),
         ("evaluate.seeds=[1]", set()),
+        ("evaluate.dtype=bf16", set()),
         ("train.learning_rate=0.5", {"base", "teacher:dots", "teacher:lines"}),
     ],
 )
@@ -151,6 +158,29 @@ def test_a_student_is_scored_at_its_own_steps_unless_the_recipe_says_otherwise(t
     references = {c.key[:2] for c in evaluation.reference_contenders(recipe, cards) if c.model.startswith("teacher")}
     assert references == {("teacher:dots", 8), ("teacher:dots", 3), ("teacher:lines", 8), ("teacher:lines", 3)}
     assert evaluation.student_contender(read_recipe(tiny_recipe), tiny_pipeline).num_inference_steps == 2
+
+
+def test_a_lora_student_may_be_scored_rounded_on_one_trunk_with_its_references(tiny_recipe):
+    """It draws what the float32 student draws but for bfloat16's rounding, and another thing than the base."""
+    folder = run_to_end(recipe_with(tiny_recipe, "train.learning_rate=1e-1"))
+    drawn = {}
+    for dtype in ("float32", "bf16"):
+        recipe = recipe_with(tiny_recipe, f"evaluate.dtype={dtype}")
+        cards = [teacher_card(settings.name, recipe.path) for settings in recipe.teachers]
+        references, student = evaluation.contenders(folder, recipe, cards)
+        base = next(c for c in references if c.model == "base")
+        task = evaluation.tasks_of(cards, 2)[0]
+        for one in (base, student):
+            (images,) = evaluation.pictures(replace(one, num_inference_steps=2), task.rows, task.name, 0, 2)
+            drawn[dtype, one.model] = np.stack([np.asarray(image, float) for image in images])
+        is_shared = denoiser_of(base.call.pipeline) is denoiser_of(student.call.pipeline)
+        assert is_shared == (dtype == "bf16")
+        assert denoiser_of(base.call.pipeline).dtype == (torch.bfloat16 if is_shared else torch.float32)
+    for model in ("base", "student"):
+        assert 0 < np.abs(drawn["bf16", model] - drawn["float32", model]).mean() < 1
+    assert np.abs(drawn["bf16", "student"] - drawn["bf16", "base"]).mean() > 5
+    with pytest.raises(UserError, match='"full" has a network of its own'):
+        recipe_with(tiny_recipe, "evaluate.dtype=bf16", 'student.train="full"')
 
 
 def test_prompts_that_ask_for_the_same_are_drawn_together_in_what_is_written(tiny_recipe, tmp_path):

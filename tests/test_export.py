@@ -182,6 +182,11 @@ def test_the_card_says_in_which_precision_the_student_was_trained(trained, stude
     other = recipe.model_copy(update={"train": recipe.train.model_copy(update=train)})
     other._source = recipe._source
     assert f"| precision | {said}" in cards_of.model_card(replace(exported_as(trained), recipe=other))
+    rounded = other.model_copy(update={"evaluate": recipe.evaluate.model_copy(update={"dtype": "bf16"})})
+    rounded._source = recipe._source
+    assert "scored on the base in bf16, exported in float32" in cards_of.model_card(
+        replace(exported_as(trained), recipe=rounded)
+    )
 
 
 @pytest.mark.parametrize(
