@@ -67,20 +67,33 @@ def run(
     processes: int = 1,
     label: Annotated[str, typer.Option(help="of the further settings, in the runs' names")] = "",
     settings: Annotated[list[str] | None, typer.Option("--set", help="further settings of every run")] = None,
+    without: Annotated[str, typer.Option(help="a table of the set's recipe that is left out, such as prior")] = "",
 ) -> None:
     """Run every combination that is not finished yet."""
     output.mkdir(parents=True, exist_ok=True)
+    recipe = recipe_without(data, without) if without else data / "tune.toml"
     for kind, length, number in [(k, r, n) for n in seed for r in rate for k in method]:
         name = f"{kind}{label and '-' + label}-lr{length:g}-{updates}updates-seed{number}"
         if (output / name / "report.html").is_file():
             print(f"{name}: finished already")
             continue
         options = [f"seed={number}", f"train.learning_rate={length}", f"train.max_train_steps={updates}"]
-        command = [sys.executable, "-m", "diffopd.cli", "tune", str(data / "tune.toml"), "--method", kind]
+        command = [sys.executable, "-m", "diffopd.cli", "tune", str(recipe), "--method", kind]
         command += ["--output-dir", str(output / name), "--processes", str(processes), "--force"]
         print(f"{name} ...", flush=True)
         more = [part for option in [*options, *(settings or [])] for part in ("--set", option)]
         subprocess.run([*command, *more], check=True)
+
+
+def recipe_without(data: Path, table: str) -> Path:
+    """The set's recipe without one of its tables, beside it. Raises BadParameter where it has none of that name."""
+    parts = re.split(r"^(?=\[)", (data / "tune.toml").read_text(), flags=re.MULTILINE)
+    kept = [part for part in parts if not part.startswith(f"[{table}]")]
+    if len(kept) == len(parts):
+        raise typer.BadParameter(f"--without {table}: {data / 'tune.toml'} has no such table")
+    target = data / f"tune-without-{table}.toml"
+    target.write_text("".join(kept))
+    return target
 
 
 @app.command("score")

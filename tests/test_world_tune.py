@@ -36,6 +36,17 @@ def test_ordinary_fine_tuning_gets_the_sets_recipe_without_what_it_does_not_take
     assert recipe.prior.is_given == (method == "dreambooth")
 
 
+def test_a_table_may_be_left_out_of_a_sets_recipe(sets, tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(world_tune.subprocess, "run", lambda command, check: started.append(command))
+    words = ["run", "--data", str(sets / "manner"), "--output", str(tmp_path), "--method", "d-opsd", "--without"]
+    assert CliRunner().invoke(world_tune.app, [*words, "prior", "--label", "alone"]).exit_code == 0
+    recipe = read_tune_recipe(started[0][started[0].index("tune") + 1], None, None)
+    own = read_tune_recipe(str(sets / "manner" / "tune.toml"), None, None)
+    assert not recipe.prior.is_given and own.prior.is_given and recipe.images == own.images
+    assert CliRunner().invoke(world_tune.app, [*words, "priors"]).exit_code == 2
+
+
 def test_every_combination_is_started_once_and_a_finished_one_is_kept(sets, tmp_path, monkeypatch):
     started = []
     monkeypatch.setattr(world_tune.subprocess, "run", lambda command, check: started.append(command))
