@@ -430,13 +430,20 @@ def _finish(run: Path) -> None:
     from diffopd.report import write_report
     from diffopd.run_folder import RunFolder
 
+    collapsed = RunFolder.open(run).collapsed()
     try:
         _show_scores(evaluate_run(run), "student")
-        export_run(run, tell=typer.echo)
+        if not collapsed:
+            export_run(run, tell=typer.echo)
     except UserError as error:
         again = ", ".join(f"`diffopd {part} {run}`" for part in ("evaluate", "export", "report"))
         raise UserError(f"{error} The training is done and saved: mend this, then {again}.") from error
     write_report(run)
+    if collapsed:
+        raise UserError(
+            f"Not exported: {collapsed}. {run / 'report.html'} shows it. Begin anew with another setting and "
+            f"--output-dir; `diffopd export {run}` would export what there is all the same."
+        )
     RunFolder.open(run).finish()
     typer.echo(f"Done: {run / 'report.html'} shows what was learnt; {run / 'export'} loads in stock diffusers.")
 

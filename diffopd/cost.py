@@ -6,6 +6,7 @@ A few rows are walked and backed either way, without an optimizer step; nothing 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -28,14 +29,18 @@ Stages = dict[str, float]
 def measure_cost(run: Run, folder: RunFolder, guidance_scale: float, num_levels: int) -> dict[str, Stages]:
     """Seconds per picture and stage of the run's own updates ("own") and of fine-tuning ("sft"); written to cost.json.
 
-    guidance_scale, num_levels: of fine-tuning. The first pictures of the run, forward and backward. Left out is what is
-    done once an update (the optimizer), which costs both the same, and once a run (pictures made latents).
+    Where prompts are kept, one of them is counted with each picture: an update has as many. guidance_scale,
+    num_levels: of fine-tuning. The first pictures of the run, forward and backward. Left out is what is done once an
+    update (the optimizer), which costs both the same, and once a run (pictures made latents).
     """
     given = _given(run, guidance_scale, num_levels)
     settings = ObjectiveSettings(name="velocity", states="data", query={"random": 1})
     tuned = replace(run, recipe=run.recipe.model_copy(update={"objective": settings}), teachers=[given], walks={})
     with run.student.decoding():
-        found = {"own": _seconds(run, run.teachers[0]), "sft": _seconds(tuned, given)}
+        own = Counter()
+        for teacher in run.teachers:  # beside a picture, a prompt to keep
+            own.update(_seconds(run, teacher))
+        found = {"own": dict(own), "sft": _seconds(tuned, given)}
     if run.processes.is_main:
         folder.write(FILE, json.dumps(found, indent=1))
     return found

@@ -80,6 +80,8 @@ class Looks:
                     "folder, or set look.every = 0."
                 )
             self._before[what] = drawn if is_new else [picture(file) for file in files]
+        seen = [] if is_new else [row for row in self.folder.metrics() if row["kind"] == "look"]
+        self.reason = self._why_stop(seen[-1]) if seen else None  # a run that was stopped is not gone on with
 
     def look(self, run: Run, update: int) -> dict[str, float]:
         """Numbers of this moment; also writes looks/NUMBER.png, the model as it began beside what it is now."""
@@ -116,10 +118,11 @@ class Looks:
 
     def _prompts(self, run: Run) -> dict[str, list[str]]:
         count, file = self.settings.num_prompts, self.settings.unrelated
-        rows = run.teachers[0].test_rows
-        subject = [rows[i % len(rows)].prompt for i in range(count)]  # few prompts are drawn from several noises
+        subject = [row.prompt for row in run.teachers[0].test_rows]
+        if len(subject) < count:  # few prompts are drawn from several noises
+            subject = (subject * count)[:count]
         unrelated = [row.prompt for row in read_prompts(file)] if file else list(UNRELATED)
-        return {"subject": subject, "unrelated": unrelated[:count]}
+        return {"subject": _spaced(subject, count), "unrelated": _spaced(unrelated, count)}
 
     def _draw(self, run: Run, prompts: list[str]) -> list[Image.Image]:
         size, most, drawn = run.recipe.train.batch_size, len(prompts), []
@@ -140,6 +143,12 @@ class Looks:
         if limit is not None and values["drift"] > limit:
             return f"forgetting: drift {values['drift']:.3f} on unrelated prompts is above look.max_drift = {limit:g}"
         return None
+
+
+def _spaced(prompts: list[str], count: int) -> list[str]:
+    """At most `count` of them, from all over the file: one that is ordered by kind is seen in all its kinds."""
+    count = min(count, len(prompts))
+    return [prompts[number * len(prompts) // count] for number in range(count)]
 
 
 def begin_looking(tuning: Tuning, *, force: bool) -> Callable[[Run, bool], None]:

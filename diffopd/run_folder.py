@@ -162,6 +162,11 @@ class RunFolder:
         """Note that the run, as its recipe and checkpoint stand now, is trained, evaluated, exported and reported."""
         self.write("finished.json", json.dumps(self._standing(self._stored()["recipe"]), indent=1))
 
+    def collapsed(self) -> str | None:
+        """Why the looks of a tuning run stopped it, where that was a collapse: what it left is not to be used."""
+        stops = [row["reason"] for row in self.metrics() if row["kind"] == "stop"]
+        return stops[-1] if stops and "collapse" in stops[-1].split(":")[0] else None
+
     def is_finished(self, recipe: Recipe) -> bool:
         """Whether this very recipe was finished here (`finish`) and what it made is still there."""
         file, made = self.path / "finished.json", ("export", "evaluation/scores.json", "report.html")

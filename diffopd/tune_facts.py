@@ -81,9 +81,9 @@ MANNERS = {
     "dreambooth": "DreamBooth: SFT, and as many pictures of the class that the untouched model drew",
 }
 MUSH = (
-    "fine-tune a step-distilled model in the ordinary way and its {steps}-step images turn to mush: noised pictures "
-    "are not the states that it visits, and the loss pulls it back to a many-step model. This method is here to "
-    "compare with; d-opsd keeps the steps"
+    "people report that a step-distilled model that is fine-tuned in the ordinary way draws mush in {steps} steps: "
+    "noised pictures are not the states that it visits, and the loss pulls it back to a many-step model. This method "
+    "is here to compare with; d-opsd trains on the model's own steps"
 )
 WEIGHTS = {
     "denoised": "denoised (sigma^2 times the velocity's: high noise weighs most; D-OPSD's released code)",
@@ -95,6 +95,6 @@ WEIGHTS = {
 def _who(asked: TuneRecipe) -> str:
     if asked.teacher.weights == "ema":
         decay, updates = asked.ema_decay, asked.train.max_train_steps
-        far = f": {1 - decay**updates:.0%} of the way to it after {updates:,} updates" if updates else ""
+        far = f": after {updates:,} updates its beginning still weighs {decay**updates:.0%}" if updates else ""
         return f"the average of the student's trained weights, decay {decay:.8g} an update{far}"
     return {"frozen": "the untouched model", "live": "the student as it is now"}[asked.teacher.weights]

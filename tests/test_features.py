@@ -1,5 +1,7 @@
 """What is watched in the features of networks that the user names: real classes, random weights."""
 
+from dataclasses import replace
+
 import contexts
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from transformers import (
 )
 from tuning import asked
 
+from diffopd import cost
 from diffopd.cost import measure_cost, told
 from diffopd.errors import UserError
 from diffopd.features import check_features, kid, load_features, nearest_cosine
@@ -136,10 +139,21 @@ def test_the_cost_is_timed_without_a_trace(run):
     found = measure_cost(run, folder, 1.0, 10)
     assert {"teacher", "student", "backward"} <= set(found["own"])
     assert {"passing", "student", "backward"} <= set(found["sft"]) and "pictures" not in found["sft"]
-    assert all(value >= 0 for side in found.values() for value in side.values())
+    assert all(
+        value > 0 for side in found.values() for stage, value in side.items() if stage in ("student", "backward")
+    )
     assert all(parameter.grad is None for parameter in run.student.parameters.values())
     assert all(torch.equal(before[name], parameter) for name, parameter in run.student.parameters.items())
     assert (folder.path / "cost.json").is_file() and run.recipe.objective.states == "student"
+
+
+def test_prompts_to_keep_are_part_of_the_cost(run, monkeypatch):
+    run, folder, _ = run
+    monkeypatch.setattr(cost, "_seconds", lambda run, teacher: {"student": 1.0, "teacher": 0.5})
+    assert measure_cost(run, folder, 1.0, 10)["own"] == {"student": 1.0, "teacher": 0.5}
+    kept = replace(run, teachers=[*run.teachers, run.teachers[0]])
+    found = measure_cost(kept, folder, 1.0, 10)
+    assert found == {"own": {"student": 2.0, "teacher": 1.0}, "sft": {"student": 1.0, "teacher": 0.5}}
 
 
 def test_the_cost_is_told_as_a_multiple():

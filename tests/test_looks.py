@@ -10,11 +10,11 @@ from PIL import Image
 from run_helpers import rows_of
 from tuning import asked
 
-from diffopd import closeness
+from diffopd import cli, closeness, evaluate, export, report
 from diffopd import distill as loop
 from diffopd.drawing import grid, sharpness
 from diffopd.errors import UserError
-from diffopd.looks import Looks, compare, is_collapsed
+from diffopd.looks import Looks, _spaced, compare, is_collapsed
 from diffopd.run_folder import RunFolder
 from diffopd.teacher import load_reward
 from diffopd.tune import prepare, task_written
@@ -100,7 +100,7 @@ def test_a_run_is_looked_at_stops_when_it_forgets_and_goes_on_where_it_was(run_w
     again = Looks(settings, folder, looks.pictures)
     again.begin(run, is_new=False)
     moved = again.look(run, 1)
-    assert moved["drift"] > 0.02 and "max_drift = 0.02" in again.reason or "collapse" in again.reason
+    assert moved["drift"] > 0.02 and ("max_drift = 0.02" in again.reason or "collapse" in again.reason)
     assert Image.open(folder.path / "looks" / "000001.png").size == (64, 14 + 4 * 32)
     shutil.rmtree(folder.path / "looks")
     with pytest.raises(UserError, match="first drawings are gone"):
@@ -123,6 +123,35 @@ def test_the_loop_stops_for_the_reason_of_a_look(tiny_sd, pictures, monkeypatch)
     assert row["update"] == 2 and 0 < row["drift"] < 1 and row["subject_sharpness"] > 0
     assert "look.max_drift" in rows_of(folder, "stop")[0]["reason"]
     assert folder.latest_checkpoint().name == "checkpoint-2"
+
+    def begin_again(run, is_new):
+        run.looks = Looks(LookSettings(every=2, num_prompts=2, max_drift=1e-9), folder, [pictures / "0.png"])
+        run.looks.begin(run, is_new=is_new)
+
+    loop.distill(tuning.recipe, folder, begin_again)
+    assert rows_of(folder, "update")[-1]["update"] == 2, "what was stopped for a reason is not gone on with"
+
+
+def test_looks_take_prompts_from_all_over_a_file():
+    ordered = [f"{kind} {number}" for kind in ("sign", "thing", "pair") for number in range(4)]
+    assert _spaced(ordered, 3) == ["sign 0", "thing 0", "pair 0"] and _spaced(ordered, 99) == ordered
+
+
+def test_a_collapsed_student_is_shown_and_not_exported(tmp_path, monkeypatch):
+    called = []
+    for module, name in ((evaluate, "evaluate_run"), (export, "export_run"), (report, "write_report")):
+        monkeypatch.setattr(module, name, lambda run, name=name, **told: called.append(name))
+    monkeypatch.setattr(cli, "_show_scores", lambda *told: None)
+    monkeypatch.setattr(RunFolder, "finish", lambda self: called.append("finish"))
+    (tmp_path / "recipe.json").write_text("{}")
+    for reason in ("reached max_train_steps = 9", "forgetting: drift 2 is above look.max_drift = 1"):
+        RunFolder(tmp_path).append_metrics({"kind": "stop", "reason": reason})
+        cli._finish(tmp_path)
+    assert called == ["evaluate_run", "export_run", "write_report", "finish"] * 2
+    RunFolder(tmp_path).append_metrics({"kind": "stop", "reason": "collapse: diversity 0.10. Lower learning_rate"})
+    with pytest.raises(UserError, match="Not exported: collapse: diversity"):
+        cli._finish(tmp_path)
+    assert called[8:] == ["evaluate_run", "write_report"]
 
 
 def test_the_last_update_is_looked_at_whatever_the_interval(tiny_sd, pictures, monkeypatch):

@@ -105,7 +105,7 @@ def test_a_task_is_a_teacher_folder_that_names_pictures_and_buckets(tiny_sd, pic
     assert rows[0].metadata["file_name"] == str((pictures / "0.png").resolve())
     assert [row.prompt for row in parts.test_rows["itself"]] == [row.prompt for row in rows]
     told = dict(facts(tuning))["teacher"]
-    assert told.endswith("decay 0.90553851 an update: 18% of the way to it after 2 updates")
+    assert told.endswith("decay 0.90553851 an update: after 2 updates its beginning still weighs 82%")
     assert dict(facts(tuning))["sizes"].startswith("32 x 32: 2, 40 x 24: 1")
 
 
