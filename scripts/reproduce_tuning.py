@@ -19,7 +19,16 @@ QUICK = ["prior.num_pictures=2", "look.num_prompts=2", "evaluate.num_prompts=2",
 FORGOTTEN = 100, 20  # held-out prompts of each of the world's tasks, in the deployed steps and in many
 START = 100  # first of them: those before it, and their noise, are what the recipe's settings were chosen by
 MANY = 50  # steps in which one training of each method is drawn as well
-CELLS = ("subject", *world_tune.world.TASKS, "kept", "sharpness", "subject_sharpness")
+CELLS = (
+    "subject",
+    "subject_shown",
+    "subject_new",
+    "subject_close",
+    *world_tune.world.TASKS,
+    "kept",
+    "sharpness",
+    "subject_sharpness",
+)
 
 
 @dataclass(frozen=True)
@@ -33,6 +42,7 @@ class Way:
     all_seeds: bool = True
     is_drawn_in_many: bool = False
     updates: int = 300
+    without: str = ""
 
     def length(self, setup: Setup) -> int:
         """How many updates."""
@@ -48,6 +58,7 @@ ALL_STATES = ("objective.query=all",)
 WAYS: dict[str, dict[str, Way]] = {
     "manner": {
         "D-OPSD (the recipe `emoji`)": Way("d-opsd", is_drawn_in_many=True),
+        "D-OPSD, no prompts kept": Way("d-opsd", "alone", without="prior", all_seeds=False),
         "D-OPSD, 2e-3": Way("d-opsd", rate=2e-3),
         "D-OPSD, 500 updates": Way("d-opsd", updates=500, all_seeds=False),
         "D-OPSD, frozen teacher": Way("d-opsd", "frozen", ("teacher.weights=frozen",), all_seeds=False),
@@ -95,15 +106,16 @@ def _run(setup: Setup, data: Path, way: Way) -> None:
     if setup.listing:
         options = [f"--method {way.method} --rate {way.rate:g} --updates {way.length(setup)}"]
         options += [f"--seed {seed}" for seed in told["seed"]] + [f"--label {way.label}"] * bool(way.label)
+        options += [f"--without {way.without}"] * bool(way.without)
         options += [f"--set {shlex.quote(setting)}" for setting in settings]
         print(f"python scripts/world_tune.py run --data {data} --output {_runs(setup, data)} {' '.join(options)}")
         return
-    told |= {"updates": way.length(setup), "label": way.label, "settings": settings}
+    told |= {"updates": way.length(setup), "label": way.label, "settings": settings, "without": way.without}
     world_tune.run(data, _runs(setup, data), [way.method], processes=1, **told)
 
 
 def _quick_for(way: Way) -> list[str]:
-    return [one for one in QUICK if way.method != "sft" or not one.startswith("prior.")]
+    return [one for one in QUICK if not one.startswith("prior.") or not (way.method == "sft" or way.without)]
 
 
 def _scored(setup: Setup, data: Path, ways: dict[str, Way]) -> list[dict[str, Any]]:
@@ -129,8 +141,8 @@ def _table(name: str, rows: list[dict[str, Any]]) -> Table:
     return Table(f"{texts.SETS[name]} Updates of batch 4, 300 where not said otherwise.", head, cells)
 
 
-def _cell(value: tuple[float, float, float]) -> str:
-    return f"{value[0]:.2f} ({value[1]:.2f} to {value[2]:.2f})"
+def _cell(value: tuple[float, float, float] | None) -> str:
+    return "-" if value is None else f"{value[0]:.2f} ({value[1]:.2f} to {value[2]:.2f})"
 
 
 def _points(setup: Setup, ways: dict[str, Way]) -> dict[str, list[tuple[float, float]]]:

@@ -143,6 +143,8 @@ def score_one(opened: Any, name: str, data: Path, target: Path, steps: int, coun
         "start": start,
         "subject": subject_scores(data.name, found, rows),
     }
+    if data.name == "manner":
+        result["subject_close"] = unseen.close_manner(found, told, [row.metadata for row in rows]).tolist()
     result |= {"asked": asked_of(rows), "shown": [bool(row.metadata.get("shown", True)) for row in rows]}
     result["subject_sharpness"] = [sharpness(picture) for picture in found]
     shown = found[:: max(1, len(found) // 12)][:12]
@@ -273,7 +275,8 @@ def collected(output: Path, *, pool: bool, start: int = 0) -> list[dict[str, Any
 def summary(group: list[dict[str, Any]], before: dict[str, Any]) -> dict[str, Any]:
     """Means with intervals, over what is asked and trainings; kept and the sharpnesses are shares of `before`'s.
 
-    subject_shown and subject_new are of things that the pictures show and of things that they do not; kept and
+    subject_shown and subject_new are of things that the pictures show and of things that they do not, subject_close
+    of drawings that are also close to the real one; kept and
     sharpness are of the three tasks, subject_sharpness of the set's held-out prompts.
     """
     row: dict[str, Any] = {}
@@ -282,6 +285,8 @@ def summary(group: list[dict[str, Any]], before: dict[str, Any]) -> dict[str, An
     for name, kept in (("subject", shown | True), ("subject_shown", shown), ("subject_new", ~shown)):
         of_kept = [one for one, is_kept in zip(asked, kept, strict=True) if is_kept]
         row[name] = with_interval(subject[:, kept], of_kept) if kept.any() else None
+    is_known = all("subject_close" in scored for scored in group)
+    row["subject_close"] = with_interval([scored["subject_close"] for scored in group], asked) if is_known else None
     start = before.get("start", 0)
     kinds = {task: asked_of(held_out(task, len(before[task]), start)) for task in world.TASKS}
     for task in world.TASKS:

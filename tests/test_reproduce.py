@@ -159,7 +159,7 @@ def test_the_trainings_of_claim_4_are_valid_and_none_is_named_like_another(capsy
     main("4", "0,1", 60.0, 2, tmp_path, tmp_path, False, True)
     lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
     listed = {shlex.join(line) for line in lines}
-    assert len(listed) == len(lines) == 16 and all(line[1:3] == ["scripts/world_tune.py", "run"] for line in lines)
+    assert len(listed) == len(lines) == 17 and all(line[1:3] == ["scripts/world_tune.py", "run"] for line in lines)
     world_tune_data.main(tmp_path / "sets", pipeline="emoji-4-steps", pictures=12, seed=0)
     names = set()
     for line in lines:

@@ -36,6 +36,14 @@ def test_every_drawing_is_recognised_and_names_are_different():
     assert [unseen.recognise(_picture(name)) for name in NAMES] == list(NAMES)
 
 
+def test_a_blurred_drawing_in_the_new_manner_is_new_and_not_close():
+    drawn = [_picture((thing, unseen.MANNER)) for thing in world.THINGS]
+    rows = [{"thing": thing} for thing in world.THINGS]
+    assert unseen.close_manner(drawn, [""] * 12, rows).all()
+    soft = [picture.filter(ImageFilter.GaussianBlur(1.6)) for picture in drawn]
+    assert unseen.new_manner(soft, [""] * 12, rows).mean() > 0.5 > unseen.close_manner(soft, [""] * 12, rows).mean()
+
+
 def test_only_the_unseen_manner_scores_as_new():
     for manner in (*world.MANNERS, unseen.MANNER):
         scores = _scores(unseen.new_manner, [name for name in NAMES if name[1] == manner and name[0] in world.THINGS])
