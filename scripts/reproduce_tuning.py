@@ -18,6 +18,7 @@ from reproduce_runs import Setup
 QUICK = ["prior.num_pictures=2", "look.num_prompts=2", "evaluate.num_prompts=2", "train.batch_size=2"]
 FORGOTTEN = 100, 20  # held-out prompts of each of the world's tasks, in the deployed steps and in many
 START = 100  # first of them: those before it, and their noise, are what the recipe's settings were chosen by
+DEPLOYED = 4
 MANY = 50  # steps in which one training of each method is drawn as well
 CELLS = (
     "subject",
@@ -123,7 +124,7 @@ def _scored(setup: Setup, data: Path, ways: dict[str, Way]) -> list[dict[str, An
     few, many = (2, 2) if setup.quick else FORGOTTEN
     output = _runs(setup, data)
     with contextlib.redirect_stdout(sys.stderr):
-        world_tune.score_all(data, output, steps=[4], prompts=few, start=START)
+        world_tune.score_all(data, output, steps=[DEPLOYED], prompts=few, start=START)
         for way in ways.values():
             if way.is_drawn_in_many:
                 only = f"{way.run(setup)}-seed{setup.seeds[0]}"
@@ -147,7 +148,8 @@ def _cell(value: tuple[float, float, float] | None) -> str:
 
 def _points(setup: Setup, ways: dict[str, Way]) -> dict[str, list[tuple[float, float]]]:
     """Of each way and training in the deployed steps: (kept, subject)."""
-    by_run = {row["model"]: row for row in world_tune.collected(setup.output / "tune-manner", pool=False, start=START)}
+    rows = world_tune.collected(setup.output / "tune-manner", pool=False, start=START)
+    by_run = {row["model"]: row for row in rows if row["steps"] == DEPLOYED}
     points: dict[str, list[tuple[float, float]]] = {}
     for name, way in ways.items():
         found = [by_run.get(f"{way.run(setup)}-seed{seed}") for seed in setup.seeds]
