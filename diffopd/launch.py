@@ -27,28 +27,26 @@ def launch(count: int, arguments: list[str], lock: int | None = None) -> int:
     stop by themselves, and a second one ends them. SIGTERM reaches this process alone, which passes it on (143).
     lock: descriptor of the run folder's lock (`at_work`), which they hold with this process, and without it if need be.
     """
-    signal.signal(signal.SIGTERM, _terminate)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     group = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), LAUNCHED: "1"}
     share = str(max(1, (os.cpu_count() or 1) // count))  # threads of processes that fight over cores are far slower
     command = [sys.executable, "-m", "diffopd.cli", *arguments]
-    started = [
-        subprocess.Popen(
-            command,
-            env={"OMP_NUM_THREADS": share, **os.environ, **group, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=None if rank == 0 else subprocess.DEVNULL,
-            pass_fds=() if lock is None else (lock,),
-        )
-        for rank in range(count)
-    ]
+    started: list[subprocess.Popen[bytes]] = []
+    before = signal.signal(signal.SIGTERM, _terminate)
     try:
+        for rank in range(count):
+            environment = {"OMP_NUM_THREADS": share, **os.environ, **group, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            out, held = None if rank == 0 else subprocess.DEVNULL, () if lock is None else (lock,)
+            started.append(subprocess.Popen(command, env=environment, stdout=out, pass_fds=held))
         return _wait(started)
     except KeyboardInterrupt:
         return _interrupted(started)
     except _Terminated:
         return _end(started, 128 + signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)  # who is forked from here later must end by it
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

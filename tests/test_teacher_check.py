@@ -54,6 +54,11 @@ def test_guidance_of_the_teacher_alone_is_no_context(tiny_sd, pictures):
     assert verdict.with_context == verdict.without_context and not verdict.passed
 
 
+def test_a_context_that_helps_few_of_the_pictures_does_not_pass():
+    near, far = Verdict("pixels", 0.1, 0.2, 0.6, 0.1, 0.2, None), Verdict("pixels", 0.1, 0.2, 0.5, 0.1, 0.2, None)
+    assert near.passed and not far.passed
+
+
 def test_a_model_that_is_dull_in_few_steps_is_explained():
     dull = Verdict("pixels", 0.1, 0.2, 1.0, 0.1, 0.2, few_step_sharpness=0.4)
     assert "40 % of the sharpness that it has in 16" in not_step_distilled(dull, 4)

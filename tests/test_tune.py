@@ -2,18 +2,20 @@
 
 import json
 import shutil
+import sys
 
 import contexts
 import pytest
 import tiny
 import torch
 from PIL import Image
-from run_helpers import assert_same_state, prepared, rows_of, state_of
+from run_helpers import assert_same_state, prepared, rows_of, state_of, weights_of
 from safetensors.torch import load_file
 from test_cli import command as run_cli
 from tuning import SMALL, asked, trained
 
 from diffopd import distill as loop
+from diffopd.cli import app
 from diffopd.data import PromptRow
 from diffopd.errors import UserError
 from diffopd.lock import at_work
@@ -273,3 +275,25 @@ def test_the_command_goes_the_whole_road(tiny_sd, pictures, tmp_path, ip_options
     assert "A picture here and in ordinary fine-tuning" in page
     assert "pictures" not in json.loads((run / "cost.json").read_text())["sft"]  # made latents once a run
     assert "Tuned on pictures" in page and "by image encoder" in page and 'alt="before and now"' in page
+
+
+@pytest.mark.slow
+def test_tuning_in_two_processes_is_tuning_with_a_doubled_batch(tiny_sd, pictures, tmp_path, monkeypatch):
+    """With prompts to keep and looks: the same weights, the same looks, all calls counted."""
+    options = ['prior.class_prompt="a dot"', "prior.num_pictures=3", "look.every=1", "look.num_prompts=2"]
+    options = [*(one for one in SMALL if not one.startswith("look.")), *options, "evaluate.num_prompts=1"]
+    sets = [part for option in options for part in ("--set", option)]
+    for name, size in (("one", 4), ("two", 2)):
+        words = ["tune", "--model", str(tiny_sd), "--images", str(pictures), "--output-dir", str(tmp_path / name)]
+        words += ["--processes", str(4 // size), "--force", *sets, "--set", f"train.batch_size={size}"]
+        monkeypatch.setattr(sys, "argv", ["diffopd", *words])
+        with pytest.raises(SystemExit) as ended:
+            app()
+        assert not ended.value.code and (tmp_path / name / "report.html").is_file()
+    one, two = (RunFolder(tmp_path / name) for name in ("one", "two"))
+    for name, weights in weights_of(one, 2).items():
+        torch.testing.assert_close(weights, weights_of(two, 2)[name], rtol=1e-3, atol=1e-5)
+    looks = [[row["drift"] for row in rows_of(folder, "look")] for folder in (one, two)]
+    assert looks[0] == pytest.approx(looks[1], abs=1e-3) and max(looks[0]) > 0
+    counted = [[row["network_calls"] for row in rows_of(folder, "update")] for folder in (one, two)]
+    assert counted[0] == counted[1]
