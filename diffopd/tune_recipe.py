@@ -284,7 +284,7 @@ def _leave_out(data: dict[str, Any], overrides: list[str]) -> tuple[str, ...]:
     own = data.get("method", "d-opsd")
     asked = [value for parts, value in map(parse_override, overrides) if parts == ["method"]]
     method = asked[-1] if asked else own
-    if method == own or method not in UNUSED:
+    if method == own or method not in list(UNUSED):  # of another type: the validation says so
         return ()
     return tuple(table for table in (*UNUSED[method], "objective") if data.pop(table, None) is not None)
 

@@ -107,28 +107,28 @@ def test_a_run_is_looked_at_stops_when_it_forgets_and_goes_on_where_it_was(run_w
         Looks(settings, folder, looks.pictures).begin(run, is_new=False)
 
 
-def test_the_loop_stops_for_the_reason_of_a_look(tiny_sd, pictures, monkeypatch):
+def looked_at(tiny_sd, pictures, monkeypatch, max_drift):
+    """A run of three updates with a look at every second one: its folder, and what trains it (again: resumes)."""
     monkeypatch.setattr(loop, "save_trajectory", lambda run, folder: None)
     tuning = prepare(asked(tiny_sd, pictures, "train.max_train_steps=3"))
     with task_written(tuning):
         folder = RunFolder.create(tuning.recipe.output_dir, tuning.recipe, {})
 
     def begin(run, is_new):
-        assert is_new
-        run.looks = Looks(LookSettings(every=2, num_prompts=2, max_drift=1e-9), folder, [pictures / "0.png"])
+        run.looks = Looks(LookSettings(every=2, num_prompts=2, max_drift=max_drift), folder, [pictures / "0.png"])
         run.looks.begin(run, is_new=is_new)
 
-    loop.distill(tuning.recipe, folder, begin)
+    return folder, lambda: loop.distill(tuning.recipe, folder, begin)
+
+
+def test_the_loop_stops_for_the_reason_of_a_look(tiny_sd, pictures, monkeypatch):
+    folder, train = looked_at(tiny_sd, pictures, monkeypatch, 1e-9)
+    train()
     (row,) = rows_of(folder, "look")
     assert row["update"] == 2 and 0 < row["drift"] < 1 and row["subject_sharpness"] > 0
     assert "look.max_drift" in rows_of(folder, "stop")[0]["reason"]
     assert folder.latest_checkpoint().name == "checkpoint-2"
-
-    def begin_again(run, is_new):
-        run.looks = Looks(LookSettings(every=2, num_prompts=2, max_drift=1e-9), folder, [pictures / "0.png"])
-        run.looks.begin(run, is_new=is_new)
-
-    loop.distill(tuning.recipe, folder, begin_again)
+    train()
     assert rows_of(folder, "update")[-1]["update"] == 2, "what was stopped for a reason is not gone on with"
 
 
@@ -155,16 +155,8 @@ def test_a_collapsed_student_is_shown_and_not_exported(tmp_path, monkeypatch):
 
 
 def test_the_last_update_is_looked_at_whatever_the_interval(tiny_sd, pictures, monkeypatch):
-    monkeypatch.setattr(loop, "save_trajectory", lambda run, folder: None)
-    tuning = prepare(asked(tiny_sd, pictures, "train.max_train_steps=3"))
-    with task_written(tuning):
-        folder = RunFolder.create(tuning.recipe.output_dir, tuning.recipe, {})
-
-    def begin(run, is_new):
-        run.looks = Looks(LookSettings(every=2, num_prompts=2, max_drift=1.0), folder, [pictures / "0.png"])
-        run.looks.begin(run, is_new=is_new)
-
-    loop.distill(tuning.recipe, folder, begin)
+    folder, train = looked_at(tiny_sd, pictures, monkeypatch, 1.0)
+    train()
     assert [row["update"] for row in rows_of(folder, "look")] == [2, 3]
     assert rows_of(folder, "stop")[0]["reason"] == "reached max_train_steps = 3"
 

@@ -237,6 +237,7 @@ def test_what_is_left_out_is_told_and_a_file_of_that_method_may_not_have_it(tiny
         (["method=sft", "context.kind=enhanced_prompt"], r"\[context\] has no effect"),
         (["noising.num_levels=20"], r"\[noising\] has no effect on method = \"d-opsd\""),
         (["method=lora"], "is not allowed"),
+        (["method=[1]"], "method"),
         (["prior.weight=2.0"], r"\[prior\] keeps nothing without prior.prompts"),
         (['prior.class_prompt="a"', 'prior.prompts="b.jsonl"'], "both say what is kept"),
         (['prior.prompts="b.jsonl"', 'student.init_weights="owner/lora"'], "taught by the base alone"),
