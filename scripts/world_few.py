@@ -2,12 +2,14 @@
 
     python scripts/world_few.py train --output DIR --drawings FOLDER --pipeline BASE --seconds 2700 [--resume]
     python scripts/world_few.py train ... --batch 256 --base-rows 128 --fresh 8 --workers 5 --device cuda
+    python scripts/world_few.py train ... --pipeline pipelines/emoji-4-steps --steps 2 --guidance 1     fewer still
     python scripts/world_few.py save  --output DIR --pipeline BASE --destination FOLDER
 
 BASE is what `world_image.py save` wrote after a training with base rows, and DIR holds the latents-N.npz of that
 training. A batch has rows told by text alone, without the adapter, and rows with a picture in view. The denoiser's own
 weights move, the adapter's stay: they serve the base and the student. `save` writes BASE with the student's denoiser
-for its own, and the base's beside it as the variant "many-steps".
+for its own, and the base's beside it as the variant "many-steps"; not where BASE has such a variant itself, as a model
+of few steps has.
 """
 
 from __future__ import annotations
@@ -59,15 +61,20 @@ class Walk:
 def landing(
     teacher: ImagePath, walk: Walk, state: torch.Tensor, timestep: int, told: Told, untold: Told, guidance: float
 ) -> torch.Tensor:
-    """Where the teacher's guided substeps from a state lead; `untold` is what its unguided half is told."""
-    tokens = torch.cat([told[0], untold[0]])
-    hidden = None if told[1] is None else torch.cat([told[1], untold[1]])
+    """Where the teacher's substeps from a state lead; `untold` is what its unguided half is told (guidance 1: none)."""
+    tokens, hidden = told
+    if guidance != 1:
+        tokens = torch.cat([tokens, untold[0]])
+        hidden = None if hidden is None else torch.cat([hidden, untold[1]])
     for n in range(walk.substeps):
         now = timestep - n * walk.stride
-        times = torch.full((2 * len(state),), now, device=state.device)
-        given, free = teacher(torch.cat([state, state]), times, tokens, hidden).chunk(2)
+        times = torch.full((len(tokens),), now, device=state.device)
+        found = teacher(state if guidance == 1 else torch.cat([state, state]), times, tokens, hidden)
+        if guidance != 1:
+            given, free = found.chunk(2)
+            found = free + guidance * (given - free)
         keep, move = walk.coefficients(now, now - walk.stride)
-        state = keep * state + move * (free + guidance * (given - free))
+        state = keep * state + move * found
     return state
 
 
@@ -169,16 +176,17 @@ def save(
     pipeline: Annotated[Path, typer.Option(help="the picture-reading base")],
     destination: Annotated[Path, typer.Option(help="folder to write; must not exist")],
 ) -> None:
-    """Writes the pipeline with the averaged student's denoiser, and the base's as a variant, both in fp16."""
+    """Writes the pipeline with the averaged student's denoiser and, of a many-step base, its own as a variant; fp16."""
     from diffusers import StableDiffusionPipeline
 
     pipe = StableDiffusionPipeline.from_pretrained(pipeline, torch_dtype=torch.float32)
     state = torch.load(output / "few.pt", weights_only=True, map_location="cpu")
     model = ImagePath(pipe, begin_from=pipeline, denoiser=True)
-    shutil.copytree(pipeline, destination)
+    shutil.copytree(pipeline, destination, ignore=shutil.ignore_patterns(f"*.{MANY_STEPS}.*"))
     model.unet.half()  # as it came
     pipe.unload_ip_adapter()
-    pipe.unet.save_pretrained(destination / "unet", variant=MANY_STEPS)
+    if not list((pipeline / "unet").glob(f"*.{MANY_STEPS}.*")):
+        pipe.unet.save_pretrained(destination / "unet", variant=MANY_STEPS)
     own = {k.removeprefix("denoiser."): v for k, v in state["average"].items() if k.startswith("denoiser.")}
     own = {key: value for key, value in own.items() if key in pipe.unet.state_dict()}
     pipe.unet.load_state_dict(own)

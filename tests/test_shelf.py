@@ -68,6 +68,14 @@ def size(*patterns):
 
 
 def test_base_and_teachers_are_at_most_30_megabytes_and_the_few_step_model_that_a_wheel_holds_18():
-    few = size("emoji-4-steps/**/*")
-    assert size("**/*") - few <= 30e6
+    few, fewer = size("emoji-4-steps/**/*"), size("emoji-2-steps/**/*")
+    assert size("**/*") - few - fewer <= 30e6
     assert few - size("emoji-4-steps/**/*.many-steps.safetensors") <= 18.5e6
+
+
+def test_the_2_step_model_is_the_4_step_one_but_for_its_denoisers_weights():
+    two, four = (Path(shelf("pipelines")) / name for name in ("emoji-2-steps", "emoji-4-steps"))
+    files = {f.relative_to(four) for f in four.rglob("*") if f.is_file() and "many-steps" not in f.name}
+    assert files == {file.relative_to(two) for file in two.rglob("*") if file.is_file()}
+    different = {str(file) for file in files if (two / file).read_bytes() != (four / file).read_bytes()}
+    assert different == {"README.md", "unet/diffusion_pytorch_model.safetensors"}

@@ -1,6 +1,7 @@
 """The embedded world's step distillation: its grid is the stock scheduler's, and the adapter serves both denoisers."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -66,7 +67,12 @@ def test_it_moves_the_denoiser_alone_goes_on_and_is_saved_beside_the_bases(tmp_p
     adapter = [key for key in twice["model"] if "_ip." in key or "encoder_hid_proj" in key]
     assert adapter and all(torch.equal(twice["model"][key], once["model"][key]) for key in adapter)
 
-    few.save(output, base, tmp_path / "made")
+    few.save(output, base, tmp_path / "fewer")
+    assert [file.name for file in (tmp_path / "fewer" / "unet").glob("*.safetensors")] == [
+        "diffusion_pytorch_model.safetensors"
+    ], "the base of a model of few steps is beside that model"
+    as_base = shutil.copytree(base, tmp_path / "base", ignore=shutil.ignore_patterns("*many-steps*"))
+    few.save(output, as_base, tmp_path / "made")
     own = load_file(tmp_path / "made" / "unet" / "diffusion_pytorch_model.safetensors")
     before = load_file(base / "unet" / "diffusion_pytorch_model.safetensors")
     assert set(own) == set(before)
