@@ -31,6 +31,7 @@ def main(
     output: Annotated[Path, typer.Option(help="folder of runs and scores")] = Path("runs/reproduce"),
     results: Annotated[Path, typer.Option(help="folder of the pages")] = ROOT / "docs" / "results",
     quick: Annotated[bool, typer.Option("--quick", help="tiny settings: does everything run?")] = False,
+    jobs: Annotated[int, typer.Option(min=1, help="trainings at a time, each with one thread (claims 1, 3, 5)")] = 1,
     listing: Annotated[bool, typer.Option("--list", help="print the commands and stop")] = False,
 ) -> None:
     """Run what is not finished, then write the pages."""
@@ -40,7 +41,7 @@ def main(
             raise typer.BadParameter(f"--claims {claim!r}; there are {', '.join(CLAIMS)}")
     if quick and results.resolve() == ROOT / "docs" / "results":
         raise typer.BadParameter("--quick measures nothing: give another --results than docs/results")
-    setup = Setup(output, tuple(map(int, seeds.split(","))), seconds, prompts, quick, listing)
+    setup = Setup(output, tuple(map(int, seeds.split(","))), seconds, prompts, quick, listing, jobs)
     quiet()
     if not listing:
         check_plotting()

@@ -13,7 +13,18 @@ from typing import Any
 import reproduce_gradients as gradients
 import reproduce_texts as texts
 from reproduce_pages import Page, Plot, Table, lines, spread
-from reproduce_runs import Cost, Setup, adapter_within, costs, distill, kept, last_adapter, teach, updates_of
+from reproduce_runs import (
+    Cost,
+    Setup,
+    adapter_within,
+    costs,
+    distill,
+    kept,
+    last_adapter,
+    side_by_side,
+    teach,
+    updates_of,
+)
 from reproduce_scores import DEPLOYED, NATIVE, TASKS, Scorer, drawn_by_teachers, mean_of
 from reproduce_tuning import fine_tuning
 
@@ -48,7 +59,7 @@ def methods(setup: Setup, scorer: Scorer) -> Page | None:
     ]
     held_out = f"{setup.held_out} held-out prompts a task, 4 steps without guidance unless said otherwise"
     head = ["method", *TASKS, "average"]
-    costs_of = ["updates", "seconds", "network calls", "seconds with teachers made in parallel", "one after another"]
+    costs_of = [*COST_HEAD, "seconds with teachers made in parallel", "one after another"]
     tables = [
         Table(f"Equal seconds of training. {held_out}.", [*head, *costs_of], rows),
         Table(
@@ -60,25 +71,28 @@ def methods(setup: Setup, scorer: Scorer) -> Page | None:
 
 def method_runs(setup: Setup, scorer: Scorer) -> tuple[Runs, dict[tuple[str, int], Cost]]:
     """method -> seed -> runs, and what a method cost beside its runs."""
-    runs: Runs = {}
+    trainings: dict[tuple[str, int], Callable[[], list[Path]]] = {}
     extra: dict[tuple[str, int], Cost] = {}
     for seed in setup.seeds:
 
-        def done(name: str, *held: Path, seed: int = seed) -> None:
-            runs.setdefault(name, {})[seed] = list(held)
+        def by(name: str, how: Callable[..., Path], *told: Any, seed: int = seed) -> None:
+            trainings[name, seed] = lambda: [how(setup, told[0], seed, *told[1:])]
 
-        done("DiffusionOPD", distill(setup, "opd", seed))
-        done("DiffusionOPD, m = 1", distill(setup, "opd-m1", seed, ["objective.substeps=1"]))
-        done("DiffusionOPD from the base", distill(setup, "opd-base", seed, ['student.begin_from="base"']))
-        done("joint NFT", teach(setup, "joint-nft", seed, "unmade/joint/nft.toml"))
-        done("joint GRPO-Guard", teach(setup, "joint-grpo", seed, "unmade/joint/grpo.toml"))
-        done("cascade NFT", *cascade(setup, seed))
+        by("DiffusionOPD", distill, "opd")
+        by("DiffusionOPD, m = 1", distill, "opd-m1", ["objective.substeps=1"])
+        by("DiffusionOPD from the base", distill, "opd-base", ['student.begin_from="base"'])
+        by("joint NFT", teach, "joint-nft", "unmade/joint/nft.toml")
+        by("joint GRPO-Guard", teach, "joint-grpo", "unmade/joint/grpo.toml")
+        trainings["cascade NFT", seed] = partial(cascade, setup, seed)
         count = 2 if setup.quick else 512
         folder, cost = (Path("SAMPLES"), Cost()) if setup.listing else drawn_by_teachers(scorer, count, seed)
-        done("SFT on teacher samples", teach(setup, "sft", seed, str(folder / "joint" / "supervised.toml")))
+        by("SFT on teacher samples", teach, "sft", str(folder / "joint" / "supervised.toml"))
         copies = [f'teachers.{place}.name="{(folder / task).absolute()}"' for place, task in enumerate(TASKS)]
-        done("off-policy distillation", distill(setup, "off-policy", seed, [*copies, 'objective.states="data"']))
+        by("off-policy distillation", distill, "off-policy", [*copies, 'objective.states="data"'])
         extra["SFT on teacher samples", seed] = extra["off-policy distillation", seed] = cost
+    runs: Runs = {}
+    for (name, seed), held in side_by_side(setup, trainings).items():
+        runs.setdefault(name, {})[seed] = held
     return runs, extra
 
 
@@ -219,10 +233,12 @@ def _gradient_page(
 def choices(setup: Setup, scorer: Scorer) -> Page | None:
     """Claim 3: rollouts with noise, solvers, how many states, which weighting; one change of the recipe each."""
     changed = {name: settings for group in CHOICES.values() for name, settings in group.items()}
-    runs = {
-        name: [distill(setup, _folder(name) if settings else "opd", seed, settings) for seed in setup.seeds]
-        for name, settings in changed.items()
+    trainings = {
+        (name, seed): partial(distill, setup, _folder(name) if settings else "opd", seed, settings)
+        for (name, settings), seed in product(changed.items(), setup.seeds)
     }
+    held = side_by_side(setup, trainings)
+    runs = {name: [held[name, seed] for seed in setup.seeds] for name in changed}
     if setup.listing:
         return None
     tables = [walks(setup, scorer)]
@@ -262,21 +278,25 @@ def walks(setup: Setup, scorer: Scorer) -> Table:
 
 def reward_teachers(setup: Setup, scorer: Scorer) -> Page | None:
     """Claim 5: NFT and GRPO(-Guard) from the base by reward alone."""
-    runs: dict[tuple[str, str], list[Path]] = {}
-    for task in TASKS:
-        for name, file, settings in REWARD_WAYS:
-            runs[name, task] = [
-                teach(setup, f"{task}-{name.lower()}", seed, f"{task}/{file}", settings) for seed in setup.seeds
-            ]
+    trainings = {
+        (task, name, seed): partial(teach, setup, f"{task}-{name.lower()}", seed, f"{task}/{file}", settings)
+        for task, (name, (file, settings, all_seeds)) in product(TASKS, REWARD_WAYS.items())
+        for seed in (setup.seeds if all_seeds else setup.seeds[:1])
+    }
+    done = side_by_side(setup, trainings)
     if setup.listing:
         return None
+    runs: dict[tuple[str, str], list[Path]] = {}
+    for (task, name, _), folder in done.items():
+        runs.setdefault((task, name), []).append(folder)
     rows, curves = [], {}
-    for (name, task), held in runs.items():
-        scores = [mean_of(scorer.adapter(last_adapter(folder), (20, 2.0)))[task] for folder in held]
+    for (task, name), held in runs.items():
+        scores = [mean_of(scorer.adapter(last_adapter(folder), (20, 2.0), tasks=[task]))[task] for folder in held]
         own = [costs(folder)[-1] for folder in held]
-        rows.append([task, name, spread(scores), round(sum(c.images for c in own) / len(own)), *_cost_cells(own)])
+        seen = round(sum(cost.images for cost in own) / len(own))
+        rows.append([task, name, len(held), spread(scores), seen, *_cost_cells(own)])
         curves[f"{task}, {name}"] = [(row["images"], row["reward"]) for row in updates_of(held[0])]
-    head = ["task", "by", "held out, 20 steps, guidance 2", "images seen", "updates", "seconds", "network calls"]
+    head = ["task", "by", "trainings", "held out, 20 steps, guidance 2", "images seen", *COST_HEAD]
     plot = Plot("reward", "Reward of the sampled pictures (first seed).", lines(curves, "images seen", "reward"))
     table = Table("Goal: .90 on two of three tasks.", head, rows)
     return Page("5-rewards", "Teachers from their reward alone", texts.REWARDS, [table], [plot], {"curves": curves})
@@ -330,12 +350,14 @@ CHOICES: dict[str, dict[str, list[str]]] = {
         "denoised": ['objective.name="denoised"'],
     },
 }
-CHOICE_HEAD = ["choice", *TASKS, "average", "updates", "seconds", "network calls"]
-REWARD_WAYS: list[tuple[str, str, list[str]]] = [
-    ("NFT", "nft.toml", []),
-    ("GRPO", "grpo.toml", ['estimator.name="grpo"']),
-    ("GRPO-Guard", "grpo.toml", []),
-]
+COST_HEAD = ["updates", "seconds", "network calls"]
+CHOICE_HEAD = ["choice", *TASKS, "average", *COST_HEAD]
+# By name: the file, its changed settings, and whether every seed is trained or the first alone.
+REWARD_WAYS: dict[str, tuple[str, list[str], bool]] = {
+    "NFT": ("nft.toml", [], True),
+    "GRPO": ("grpo.toml", ['estimator.name="grpo"'], False),
+    "GRPO-Guard": ("grpo.toml", [], False),
+}
 CLAIMS: dict[str, Callable[[Setup, Scorer], Page | None]] = {
     "1": methods,
     "2": gradient,

@@ -9,10 +9,11 @@ import shlex
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from diffopd.load import LORA_FILE
 from diffopd.run_folder import RunFolder, atomic_write
@@ -21,12 +22,14 @@ UNWATCHED = "train.validate_every=0"  # looks while training would take their se
 QUICK = ["train.max_train_seconds=0.0", "train.max_train_steps=2", "train.lr_warmup_steps=0"]
 QUICK += ["train.checkpointing_steps=1", "train.batch_size=2", "evaluate.num_prompts=2", "evaluate.batch_size=2"]
 
+Key, Run = TypeVar("Key", bound=Hashable), TypeVar("Run")
+
 
 @dataclass(frozen=True)
 class Setup:
     """What was asked for. quick: two updates of two pictures instead of `seconds` of training, to see that all runs.
 
-    listing: commands are printed, nothing is run.
+    listing: commands are printed, nothing is run. jobs: trainings at a time.
     """
 
     output: Path
@@ -35,6 +38,7 @@ class Setup:
     prompts: int = 150
     quick: bool = False
     listing: bool = False
+    jobs: int = 1
 
     @property
     def held_out(self) -> int:
@@ -79,6 +83,12 @@ def start(setup: Setup, name: str, command: list[str]) -> Path:
     subprocess.run([sys.executable, "-m", "diffopd.cli", *whole], check=True, env=one_core)
     done.write_text(json.dumps({"command": whole}, indent=1))
     return folder
+
+
+def side_by_side(setup: Setup, trainings: dict[Key, Callable[[], Run]]) -> dict[Key, Run]:
+    """What the trainings return, by key; setup.jobs of them run at a time."""
+    with ThreadPoolExecutor(setup.jobs) as pool:
+        return dict(zip(trainings, pool.map(lambda training: training(), trainings.values()), strict=True))
 
 
 def distill(setup: Setup, name: str, seed: int, settings: Iterable[str] = (), recipe: str = "together") -> Path:

@@ -65,10 +65,16 @@ class Scorer:
         """Base, average and teachers over one trunk."""
         return reference_contenders(self.recipe, self.cards)
 
-    def adapter(self, file: Path, at: tuple[int, float] = DEPLOYED, walk: tuple[str, float] = NATIVE) -> Scores:
+    def adapter(
+        self,
+        file: Path,
+        at: tuple[int, float] = DEPLOYED,
+        walk: tuple[str, float] = NATIVE,
+        tasks: Sequence[str] = TASKS,
+    ) -> Scores:
         """What the base with this adapter scores at (steps, guidance), walked by (solver, noise level)."""
-        key = ["adapter", file_sha256(file), at, walk]
-        return self._kept(key, lambda: self._scored(self._of_adapter(file, at), walk, TASKS))
+        key = ["adapter", file_sha256(file), at, walk, list(tasks)]
+        return self._kept(key, lambda: self._scored(self._of_adapter(file, at), walk, tasks))
 
     def reference(
         self, model: str, at: tuple[int, float], walk: tuple[str, float] = NATIVE, tasks: Sequence[str] = TASKS
@@ -183,8 +189,8 @@ def supervised(nft: str) -> str:
 
 
 def mean_of(scores: Scores) -> dict[str, float]:
-    """task -> mean over prompts, and "average" of the tasks."""
-    means = {task: float(np.mean(scores[task])) for task in TASKS}
+    """task -> mean over prompts, and "average" of them."""
+    means = {task: float(np.mean(values)) for task, values in scores.items()}
     return means | {"average": sum(means.values()) / len(means)}
 
 
