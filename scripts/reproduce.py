@@ -30,6 +30,7 @@ def main(
     prompts: Annotated[int, typer.Option(help="held-out prompts of a task")] = 150,
     output: Annotated[Path, typer.Option(help="folder of runs and scores")] = Path("runs/reproduce"),
     results: Annotated[Path, typer.Option(help="folder of the pages")] = ROOT / "docs" / "results",
+    trained_on: Annotated[str, typer.Option(help="the machine of the trainings, for the page, if not this one")] = "",
     quick: Annotated[bool, typer.Option("--quick", help="tiny settings: does everything run?")] = False,
     jobs: Annotated[int, typer.Option(min=1, help="trainings at a time, each with one thread (claims 1, 3, 5)")] = 1,
     listing: Annotated[bool, typer.Option("--list", help="print the commands and stop")] = False,
@@ -50,7 +51,7 @@ def main(
     for claim in asked:
         page = CLAIMS[claim](setup, scorer)
         if page:
-            print(write(page, results, made_by(given_arguments(), setup.seeds)))
+            print(write(page, results, made_by(given_arguments(), setup.seeds, trained_on)))
 
 
 if __name__ == "__main__":

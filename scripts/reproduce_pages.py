@@ -66,13 +66,14 @@ def check_plotting() -> None:
         raise UserError("the plots are drawn with matplotlib. Install diffopd[reproduce].") from error
 
 
-def made_by(arguments: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
-    """Command, seeds, versions and machine."""
+def made_by(arguments: Sequence[str], seeds: Sequence[int], trained_on: str = "") -> dict[str, Any]:
+    """Command, seeds, versions and machine; trained_on: where the trainings were run, if elsewhere."""
     return {
         "command": shlex.join(["python", "scripts/reproduce.py", *arguments]),
         "seeds": list(seeds),
         "versions": {"python": platform.python_version(), "diffopd": __version__, **{n: version(n) for n in PACKAGES}},
-        "machine": f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s) used",
+        "machine": f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s) used"
+        + (f"; trained on {trained_on}" if trained_on else ""),
     }
 
 

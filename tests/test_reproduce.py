@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import threading
 import tomllib
 from collections import defaultdict
 from pathlib import Path
@@ -72,7 +73,7 @@ def test_the_variance_ratio_is_that_of_an_estimate_whose_noise_is_known():
 def listed(capsys, tmp_path, claims: str, *, quick: bool = True) -> list[list[str]]:
     from reproduce import main
 
-    main(claims, "0,1", 60.0, 2, tmp_path, tmp_path, quick, True)
+    main(claims, "0,1", 60.0, 2, tmp_path, tmp_path, quick=quick, listing=True)
     lines = [shlex.split(line, comments=True) for line in capsys.readouterr().out.splitlines()]
     return [line[1:] for line in lines if line and line[0] == "diffopd"]
 
@@ -84,7 +85,7 @@ def options_of(command: list[str]) -> list[str]:
 def test_every_command_of_the_claims_is_valid_and_each_run_has_a_folder_of_its_own(capsys, tmp_path):
     commands = listed(capsys, tmp_path, "1,3,5")
     folders = [command[command.index("--output-dir") + 1] for command in commands]
-    assert len(set(folders)) == 2 * (10 + 11 + 9) == len({shlex.join(command) for command in commands})
+    assert len(set(folders)) == 2 * (10 + 11 + 3) + 6 == len({shlex.join(command) for command in commands})
     for command in commands:
         options = [option for option in options_of(command) if "LAST" not in option and "SAMPLES" not in option]
         if command[0] == "distill":
@@ -152,11 +153,21 @@ def test_runs_are_given_one_core_as_the_pages_say(monkeypatch, tmp_path):
     assert given[0]["OMP_NUM_THREADS"] == "1"
 
 
+def test_trainings_run_side_by_side_and_keep_their_places(tmp_path):
+    from reproduce_runs import Setup, side_by_side
+
+    meet = threading.Barrier(3, timeout=30)
+    trainings = {name: lambda name=name: (meet.wait(), name.upper())[1] for name in "abc"}
+    assert side_by_side(Setup(tmp_path, jobs=3), trainings) == {"a": "A", "b": "B", "c": "C"}
+    with pytest.raises(ZeroDivisionError):
+        side_by_side(Setup(tmp_path), {"a": lambda: 1 / 0})
+
+
 def test_the_trainings_of_claim_4_are_valid_and_none_is_named_like_another(capsys, tmp_path):
     import world_tune_data
     from reproduce import main
 
-    main("4", "0,1", 60.0, 2, tmp_path, tmp_path, False, True)
+    main("4", "0,1", 60.0, 2, tmp_path, tmp_path, listing=True)
     lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
     listed = {shlex.join(line) for line in lines}
     assert len(listed) == len(lines) == 17 and all(line[1:3] == ["scripts/world_tune.py", "run"] for line in lines)
@@ -210,8 +221,15 @@ def test_a_page_holds_its_tables_its_plot_and_what_made_it(tmp_path):
     cloud = Plot("cloud", "Here and there.", dots({"a": [(0.5, 2.0)], "b": [(1.0, 1.0), (0.9, 2.0)]}, "kept", "new"))
     plot = Plot("curve", "Falls.", lines({"a": [(0, 2.0), (1, 1.0)]}, "update", "loss", log_y=True))
     page = Page("9-page", "A page", "What it says.", [table], [plot, cloud], {"a": 1})
-    text = write(page, tmp_path, made_by(["--claims", "9"], [0, 1])).read_text()
-    for part in ("# A page", "| one | 0.512 |", "| two | 0.600 (0.500 to 0.700) |", "9-page-curve.png", "--claims 9"):
+    text = write(page, tmp_path, made_by(["--claims", "9"], [0, 1], "one GPU")).read_text()
+    for part in (
+        "; trained on one GPU.",
+        "# A page",
+        "| one | 0.512 |",
+        "| two | 0.600 (0.500 to 0.700) |",
+        "9-page-curve.png",
+        "--claims 9",
+    ):
         assert part in text
     stored = json.loads((tmp_path / "9-page.json").read_text())
     assert stored["tables"][0]["rows"][0] == ["one", 0.51234] and stored["made_by"]["seeds"] == [0, 1]
@@ -227,7 +245,7 @@ def test_a_claim_runs_from_end_to_end_and_is_kept(claim, tmp_path, capsys):
     from reproduce import main
 
     def run() -> list[Path]:
-        main(claim, "0", 60.0, 2, tmp_path / "runs", tmp_path / "pages", True, False)
+        main(claim, "0", 60.0, 2, tmp_path / "runs", tmp_path / "pages", quick=True)
         return sorted((tmp_path / "pages").glob("*.md"))
 
     (page,) = run()
