@@ -26,7 +26,7 @@ from reproduce_runs import (
     updates_of,
 )
 from reproduce_scores import DEPLOYED, NATIVE, TASKS, Scorer, drawn_by_teachers, mean_of
-from reproduce_tuning import fine_tuning
+from reproduce_tuning import fewer_steps, fine_tuning
 
 from diffopd.recipe import read_recipe
 
@@ -365,5 +365,6 @@ CLAIMS: dict[str, Callable[[Setup, Scorer], Page | None]] = {
     "3": choices,
     "3-solvers": solvers,
     "4": fine_tuning,
+    "4-2-steps": fewer_steps,
     "5": reward_teachers,
 }

@@ -29,6 +29,7 @@ from diffopd.run_folder import atomic_write
 from diffopd.sampling import sample, score
 from diffopd.supervise import Manner
 from diffopd.teacher import TeacherCard, file_sha256, teacher_card
+from diffopd.trajectory import PROMPTS_PER_TEACHER
 
 TASKS = ("composition", "text", "style")
 DEPLOYED = (4, 1.0)  # steps and guidance of together.toml's student
@@ -129,25 +130,27 @@ def _steps(draw: Callable[..., Any], shape: tuple[int, ...]) -> Callable[[int], 
 def drawn_by_teachers(scorer: Scorer, count: int, seed: int) -> tuple[Path, Cost]:
     """A folder with copies of the teachers and of unmade/joint whose training rows name pictures that a teacher drew.
 
-    `count` prompts of each task, drawn by its teacher as its card deploys it. Returns it with what the drawing cost.
+    `count` prompts of each task, drawn by its teacher as its card deploys it. Returns it with what the drawing cost,
+    without the few held-out ones whose trajectories a run's report shows.
     """
     folder = scorer.setup.output / f"samples-{count}-seed{seed}"
     done = folder / "cost.json"
     if done.is_file():
         return folder, Cost(**json.loads(done.read_text()))
-    began, calls = time.monotonic(), 0
+    began, calls, apart = time.monotonic(), 0, 0.0
     for card in scorer.cards:
         at = (card.num_inference_steps, card.guidance_scale)
-        rows = read_prompts(card.prompts.train)[:count]
         target = _copied(card, folder / card.name) / "prompts"
-        images: list[Any] = []
-        for batch in pictures(scorer._reference(f"teacher:{card.name}", at), rows, card.name, seed, 32):
-            images += batch
+        rows = read_prompts(card.prompts.train)[:count]
+        _write_drawn(target / "train.jsonl", rows, scorer._reference(f"teacher:{card.name}", at), seed)
         calls += len(rows) * at[0] * (2 if at[1] > 1 else 1)
-        _write_rows(target, rows, images)
+        trained = time.monotonic()
+        shown = read_prompts(card.prompts.test)[:PROMPTS_PER_TEACHER]
+        _write_drawn(target / "test.jsonl", shown, scorer._reference(f"teacher:{card.name}", at), seed)
+        apart += time.monotonic() - trained
     _copied(teacher_card("unmade/joint", shelf("teachers")), folder / "joint")
     _point_at(folder, [card.name for card in scorer.cards])
-    cost = Cost(0, time.monotonic() - began, 3 * count, calls)
+    cost = Cost(0, time.monotonic() - began - apart, 3 * count, calls)
     atomic_write(done, json.dumps(dict(zip(("updates", "seconds", "images", "calls"), cost.values(), strict=True))))
     return folder, cost
 
@@ -160,13 +163,15 @@ def _copied(card: TeacherCard, target: Path) -> Path:
     return target
 
 
-def _write_rows(folder: Path, rows: Sequence[Any], images: Sequence[Any]) -> None:
-    (folder / "drawn").mkdir()
-    lines = []
+def _write_drawn(file: Path, rows: Sequence[Any], teacher: Contender, seed: int) -> None:
+    """`file` anew, of these rows, each with the picture that the teacher draws of it."""
+    drawn, lines = file.parent / f"drawn-{file.stem}", []
+    drawn.mkdir()
+    images = (image for batch in pictures(teacher, rows, file.parents[1].name, seed, 32) for image in batch)
     for number, (row, image) in enumerate(zip(rows, images, strict=True)):
-        image.save(folder / "drawn" / f"{number}.png")
-        lines.append(json.dumps({"prompt": row.prompt, **row.metadata, "file_name": f"drawn/{number}.png"}))
-    (folder / "train.jsonl").write_text("\n".join(lines) + "\n")
+        image.save(drawn / f"{number}.png")
+        lines.append(json.dumps({"prompt": row.prompt, **row.metadata, "file_name": f"{drawn.name}/{number}.png"}))
+    file.write_text("\n".join(lines) + "\n")
 
 
 def _point_at(folder: Path, names: list[str]) -> None:

@@ -167,18 +167,21 @@ def test_the_trainings_of_claim_4_are_valid_and_none_is_named_like_another(capsy
     import world_tune_data
     from reproduce import main
 
-    main("4", "0,1", 60.0, 2, tmp_path, tmp_path, listing=True)
+    main("4,4-2-steps", "0,1", 60.0, 2, tmp_path, tmp_path, listing=True)
     lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
     listed = {shlex.join(line) for line in lines}
-    assert len(listed) == len(lines) == 17 and all(line[1:3] == ["scripts/world_tune.py", "run"] for line in lines)
-    world_tune_data.main(tmp_path / "sets", pipeline="emoji-4-steps", pictures=12, seed=0)
+    assert len(listed) == len(lines) == 20 and all(line[1:3] == ["scripts/world_tune.py", "run"] for line in lines)
+    for sets, model in (("sets", "emoji-4-steps"), ("sets-2-steps", "emoji-2-steps")):
+        world_tune_data.main(tmp_path / sets, pipeline=model, pictures=12, seed=0)
     names = set()
     for line in lines:
         told = {key: [b for a, b in zip(line, line[1:], strict=False) if a == key] for key in line if key[:2] == "--"}
         data, (method,) = Path(told["--data"][0]), told["--method"]
         options = [f"method={json.dumps(method)}", *told.get("--set", [])]
-        assert read_tune_recipe(str(data / "tune.toml"), None, None, options).method == method
-        names.add((data.name, method, *told["--rate"], *told["--updates"], *told.get("--label", [])))
+        recipe = read_tune_recipe(str(data / "tune.toml"), None, None, options)
+        assert recipe.method == method
+        assert recipe.student.pretrained_model_name_or_path == f"emoji-{recipe.student.num_inference_steps}-steps"
+        names.add((str(data), method, *told["--rate"], *told["--updates"], *told.get("--label", [])))
     assert len(names) == len(lines)
 
 
@@ -238,7 +241,7 @@ def test_a_page_holds_its_tables_its_plot_and_what_made_it(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("claim", ["1", "2", "3-solvers", "4", "5"])
+@pytest.mark.parametrize("claim", ["1", "2", "3-solvers", "4", "4-2-steps", "5"])
 def test_a_claim_runs_from_end_to_end_and_is_kept(claim, tmp_path, capsys):
     """Two updates of two pictures each on the embedded world: that everything fits, not what it measures."""
     pytest.importorskip("matplotlib")
