@@ -12,7 +12,7 @@ from typing import Any
 
 import reproduce_gradients as gradients
 import reproduce_texts as texts
-from reproduce_pages import Page, Plot, Table, lines, spread
+from reproduce_pages import Page, Plot, Table, lines, sheet, spread
 from reproduce_runs import (
     Cost,
     Setup,
@@ -30,6 +30,8 @@ from reproduce_tuning import fewer_steps, fine_tuning
 
 from diffopd.recipe import read_recipe
 
+SHOWN = 10  # pictures of a row
+BLOCK = 10  # updates of a point of a reward's curve
 # What the shipped teachers took to make, on one core (docs/world.md).
 TEACHER_SECONDS = {"composition": 600.0, "text": 420.0, "style": 2520.0}
 CASCADE = ("composition", "text", "style")
@@ -295,11 +297,29 @@ def reward_teachers(setup: Setup, scorer: Scorer) -> Page | None:
         own = [costs(folder)[-1] for folder in held]
         seen = round(sum(cost.images for cost in own) / len(own))
         rows.append([task, name, len(held), spread(scores), seen, *_cost_cells(own)])
-        curves[f"{task}, {name}"] = [(row["images"], row["reward"]) for row in updates_of(held[0])]
+        curves.setdefault(task, {})[name] = _reward_curve([updates_of(folder) for folder in held])
     head = ["task", "by", "trainings", "held out, 20 steps, guidance 2", "images seen", *COST_HEAD]
-    plot = Plot("reward", "Reward of the sampled pictures (first seed).", lines(curves, "images seen", "reward"))
+    drawn = {
+        f"{task}: {name}": scorer.drawn(file, (20, 2.0), task, min(SHOWN, setup.held_out))
+        for task in TASKS
+        for name, file in {"base": None, **{n: last_adapter(h[0]) for (t, n), h in runs.items() if t == task}}.items()
+    }
+    caption = f"{{}}: reward of the sampled pictures, mean of {BLOCK} updates and of the trainings."
+    plots = [
+        Plot(task, caption.format(task.capitalize()), lines(by_name, "images seen", f"reward, {task}"))
+        for task, by_name in curves.items()
+    ]
+    asked = "The first held-out prompts, drawn by the base and the first training of each kind, from the same noise."
+    plots.append(Plot("drawn", asked, sheet(drawn), size=(9.0, 8.8)))
     table = Table("Goal: .90 on two of three tasks.", head, rows)
-    return Page("5-rewards", "Teachers from their reward alone", texts.REWARDS, [table], [plot], {"curves": curves})
+    return Page("5-rewards", "Teachers from their reward alone", texts.REWARDS, [table], plots, {"curves": curves})
+
+
+def _reward_curve(trainings: Sequence[list[dict[str, Any]]]) -> list[tuple[float, float]]:
+    """(images seen, reward), a point for each BLOCK of updates that all trainings have."""
+    together = list(zip(*trainings, strict=False))
+    blocks = [together[end - BLOCK : end] for end in range(BLOCK, len(together) + 1, BLOCK)]
+    return [(block[-1][0]["images"], _mean([row["reward"] for rows in block for row in rows])) for block in blocks]
 
 
 def _geometric(values: Sequence[float]) -> float:

@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from diffopd import __version__
@@ -39,11 +40,12 @@ class Table:
 
 @dataclass(frozen=True)
 class Plot:
-    """One picture: draw(axes) fills a matplotlib axes."""
+    """One picture: draw(axes) fills a matplotlib axes. size: inches."""
 
     name: str
     caption: str
     draw: Callable[[Any], None]
+    size: tuple[float, float] = (6.4, 4.0)
 
 
 @dataclass
@@ -107,10 +109,10 @@ def _draw(plot: Plot, file: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(6.4, 4.0), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=plot.size, layout="constrained")
     axes.grid(alpha=0.25)
     plot.draw(axes)
-    figure.savefig(file, dpi=110, metadata={"Software": None})
+    figure.savefig(file, dpi=110, bbox_inches="tight", metadata={"Software": None})
     pyplot.close(figure)
 
 
@@ -138,6 +140,21 @@ def dots(series: dict[str, Sequence[tuple[float, float]]], x: str, y: str) -> Ca
             axes.scatter(*zip(*points, strict=True), label=label, s=28, **look)
         axes.set(xlabel=x, ylabel=y)
         axes.legend(frameon=False, fontsize="small")
+
+    return draw
+
+
+def sheet(rows: dict[str, np.ndarray]) -> Callable[[Any], None]:
+    """A drawing of rows of pictures (H, W, 3), each with its name before it."""
+
+    def draw(axes: Any) -> None:
+        axes.imshow(np.concatenate(list(rows.values())), interpolation="nearest")
+        height = len(next(iter(rows.values())))
+        axes.set_yticks([(number + 0.5) * height for number in range(len(rows))], list(rows))
+        axes.set_xticks([])
+        axes.grid(visible=False)
+        axes.tick_params(length=0)
+        axes.set_frame_on(False)
 
     return draw
 

@@ -84,6 +84,13 @@ class Scorer:
         key = ["reference", model, [card.digest() for card in self.cards], at, walk, list(tasks)]
         return self._kept(key, lambda: self._scored(self._reference(model, at), walk, tasks))
 
+    def drawn(self, file: Path | None, at: tuple[int, float], task: str, count: int) -> np.ndarray:
+        """A row (H, count W, 3) of the first held-out prompts, drawn by the base with this adapter, None: without."""
+        contender = self._reference("base", at) if file is None else self._of_adapter(file, at)
+        rows = next(one.rows for one in self.tasks if one.name == task)[:count]
+        (images,) = pictures(contender, rows, task, 0, count)
+        return np.concatenate([np.asarray(image) for image in images], axis=1)
+
     def _reference(self, model: str, at: tuple[int, float]) -> Contender:
         call = next(contender.call for contender in self.references if contender.model == model)
         return Contender(model, call, *at)

@@ -8,6 +8,7 @@ from collections import defaultdict
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -218,12 +219,13 @@ def test_a_budget_of_network_calls_picks_the_last_checkpoint_within_it(tmp_path)
 
 def test_a_page_holds_its_tables_its_plot_and_what_made_it(tmp_path):
     pytest.importorskip("matplotlib")
-    from reproduce_pages import Page, Plot, Table, dots, lines, made_by, spread, write
+    from reproduce_pages import Page, Plot, Table, dots, lines, made_by, sheet, spread, write
 
     table = Table("Scores.", ["method", "score"], [["one", 0.51234], ["two", spread([0.5, 0.7])]])
     cloud = Plot("cloud", "Here and there.", dots({"a": [(0.5, 2.0)], "b": [(1.0, 1.0), (0.9, 2.0)]}, "kept", "new"))
     plot = Plot("curve", "Falls.", lines({"a": [(0, 2.0), (1, 1.0)]}, "update", "loss", log_y=True))
-    page = Page("9-page", "A page", "What it says.", [table], [plot, cloud], {"a": 1})
+    rows = Plot("rows", "Drawn.", sheet({"base": np.zeros((4, 8, 3), np.uint8), "other": np.ones((4, 8, 3), np.uint8)}))
+    page = Page("9-page", "A page", "What it says.", [table], [plot, cloud, rows], {"a": 1})
     text = write(page, tmp_path, made_by(["--claims", "9"], [0, 1], "one GPU")).read_text()
     for part in (
         "; trained on one GPU.",
@@ -236,7 +238,7 @@ def test_a_page_holds_its_tables_its_plot_and_what_made_it(tmp_path):
         assert part in text
     stored = json.loads((tmp_path / "9-page.json").read_text())
     assert stored["tables"][0]["rows"][0] == ["one", 0.51234] and stored["made_by"]["seeds"] == [0, 1]
-    for name in ("curve", "cloud"):
+    for name in ("curve", "cloud", "rows"):
         assert (tmp_path / f"9-page-{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
