@@ -51,9 +51,9 @@ those tasks unless said otherwise; none of them is among the held-out ones.
 TUNING_2 = """\
 As `4-tuning.md`, where few steps are harder to keep: on `emoji-2-steps`. In 4 steps the world's base with its guidance
 draws as much as in 20, in 2 it draws three quarters of it (`scripts/check_unseen.py --pipeline
-pipelines/emoji-2-steps --steps 2`), so a fine-tuning that loses what the step distillation gave can be seen to. One
-training of each way is drawn in 20 steps as well, on 20 held-out prompts a task: what it draws there and not in 2 is
-lost few steps, what it draws in neither is forgotten. Settings and columns as there; D-OPSD supervises the last of the
+pipelines/emoji-2-steps --steps 2`), so a fine-tuning that loses what the step distillation gave can be seen to. All
+are drawn in 20 steps as well, on 60 held-out prompts a task: what a model draws there and not in 2 is lost few steps,
+what it draws in neither is forgotten. Settings and columns as there; D-OPSD supervises the last of the
 two states.
 """
 SETS = {

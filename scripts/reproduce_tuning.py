@@ -16,7 +16,7 @@ from reproduce_pages import Page, Plot, Table, dots
 from reproduce_runs import Setup
 
 QUICK = ["prior.num_pictures=2", "look.num_prompts=2", "evaluate.num_prompts=2", "train.batch_size=2"]
-FORGOTTEN = 100, 20  # held-out prompts of each of the world's tasks, in the deployed steps and in many
+FORGOTTEN = 100  # held-out prompts of each of the world's tasks, in the deployed steps
 START = 100  # first of them: those before it, and their noise, are what the recipe's settings were chosen by
 CELLS = (
     "subject",
@@ -60,7 +60,7 @@ LAST_OF_2 = ("objective.query={indices=[1]}",)
 class Ground:
     """What is tuned on what: a set of world_tune_data.py and a model that draws in so many steps, and how.
 
-    many: steps in which one training of the chosen ways is drawn as well.
+    many: steps in which the chosen ways are drawn as well, the first training or all, on so many prompts a task.
     """
 
     data: str
@@ -68,6 +68,8 @@ class Ground:
     model: str = "emoji-4-steps"
     steps: int = 4
     many: int = 50
+    many_prompts: int = 20
+    all_in_many: bool = False
 
     def settings(self, way: Way) -> list[str]:
         """Of a run: the way's, and the number of steps where the recipe has another."""
@@ -98,12 +100,15 @@ GROUNDS: dict[str, Ground] = {
         "manner",
         {
             "D-OPSD, the last state": Way("d-opsd", "last", LAST_OF_2, is_drawn_in_many=True),
+            "D-OPSD, all states": Way("d-opsd", "all", ALL_STATES, all_seeds=False),
             "DreamBooth": Way("dreambooth", is_drawn_in_many=True),
             "SFT": Way("sft", is_drawn_in_many=True),
         },
         model="emoji-2-steps",
         steps=2,
         many=20,
+        many_prompts=60,
+        all_in_many=True,
     ),
     "word": Ground(
         "word", {"D-OPSD, all states": Way("d-opsd", "all", ALL_STATES), "SFT": Way("sft", all_seeds=False)}
@@ -177,13 +182,13 @@ def _quick_for(way: Way) -> list[str]:
 
 def _scored(setup: Setup, ground: Ground) -> list[dict[str, Any]]:
     """A row for each way and number of steps, seeds together; the untouched model first."""
-    few, many = (2, 2) if setup.quick else FORGOTTEN
+    few, many = (2, 2) if setup.quick else (FORGOTTEN, ground.many_prompts)
     output, data, ways = _runs(setup, ground), _sets(setup, ground) / ground.data, ground.ways
     with contextlib.redirect_stdout(sys.stderr):
         world_tune.score_all(data, output, steps=[ground.steps], prompts=few, start=START)
         for way in ways.values():
-            if way.is_drawn_in_many:
-                only = f"{way.run(setup)}-seed{setup.seeds[0]}"
+            for seed in setup.seeds[: None if ground.all_in_many else 1] if way.is_drawn_in_many else ():
+                only = f"{way.run(setup)}-seed{seed}"
                 world_tune.score_all(data, output, steps=[ground.many], prompts=many, only=only, start=START)
     names = {way.run(setup): name for name, way in ways.items()} | {world_tune.UNTOUCHED: "untouched"}
     names[world_tune.TOLD] = world_tune.TOLD

@@ -171,7 +171,7 @@ def test_the_trainings_of_claim_4_are_valid_and_none_is_named_like_another(capsy
     main("4,4-2-steps", "0,1", 60.0, 2, tmp_path, tmp_path, listing=True)
     lines = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
     listed = {shlex.join(line) for line in lines}
-    assert len(listed) == len(lines) == 20 and all(line[1:3] == ["scripts/world_tune.py", "run"] for line in lines)
+    assert len(listed) == len(lines) == 21 and all(line[1:3] == ["scripts/world_tune.py", "run"] for line in lines)
     for sets, model in (("sets", "emoji-4-steps"), ("sets-2-steps", "emoji-2-steps")):
         world_tune_data.main(tmp_path / sets, pipeline=model, pictures=12, seed=0)
     names = set()
