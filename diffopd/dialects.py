@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ OTHER_KINDS = {  # a word in a tensor's name -> what the file is
     "oft_": "OFT",
 }
 METADATA = "lora_adapter_metadata"  # where diffusers keeps a LoraConfig in a file's header
+INITS = ("gaussian", "eva", "orthogonal", "mica")  # named beginnings of peft's that leave the base as it is
 CLOSE = 1e-3  # relative, between the size of what went into a converter and what came out
 
 
@@ -204,7 +205,7 @@ def _config(file: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> d
         parts = {key.split(".", 1)[0] for key in stored}
         if len(parts) > 1:
             raise UserError(f"{file}: its metadata is of {', '.join(sorted(parts))}. Save the denoiser's LoRA alone.")
-        return {key.split(".", 1)[1]: value for key, value in stored.items()}
+        return _plain_config(file, {key.split(".", 1)[1]: value for key, value in stored.items()})
     own_alpha = any(key.endswith(".alpha") for key in tensors)
     if not tensors or own_alpha or not all(key.startswith(PEFT_PREFIX) for key in tensors):
         return None
@@ -216,10 +217,33 @@ def _config(file: Path, tensors: dict[str, Tensor], header: dict[str, str]) -> d
         )
     from peft import LoraConfig, PeftConfig
 
+    _plain_config(beside, json.loads(beside.read_text(encoding="utf-8")))  # before peft wants packages for some kinds
     config = PeftConfig.from_pretrained(str(beside.parent))
-    if not isinstance(config, LoraConfig) or config.use_dora or config.modules_to_save:
-        raise UserError(f"{beside}: is not a plain LoRA (peft_type LORA, no DoRA, no modules_to_save). Merge it first.")
-    return config.to_dict()
+    if not isinstance(config, LoraConfig):
+        raise UserError(f"{beside}: is not a LoRA (peft_type {config.peft_type}). Merge it first.")
+    return _plain_config(beside, config.to_dict())
+
+
+def _plain_config(source: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """The config, so that peft begins with nothing that costs or changes the base: the tensors come from the file.
+
+    Raises UserError for what is more than A and B, and for A and B that are relative to a base that peft rewrote.
+    """
+    from peft import LoraConfig
+
+    variants = [field.name for field in fields(LoraConfig) if field.metadata.get("is_lora_variant")]
+    more = [name for name in (*variants, "modules_to_save") if config.get(name)]
+    if more:
+        raise UserError(f"{source}: is not a plain LoRA, it has {', '.join(more)}. Merge it first.")
+    init = config.get("init_lora_weights", True)
+    if isinstance(init, str) and init not in INITS:
+        raise UserError(
+            f"{source}: has init_lora_weights = {init!r}. Such a LoRA begins by taking something out of the base's own "
+            "weights, which student and teachers share, so its matrices are no difference to that base. Save it "
+            "converted to a plain one (peft: save_pretrained with path_initial_model_for_weight_conversion), or merge "
+            "it into a full checkpoint, form = 'full'."
+        )
+    return config | ({"init_lora_weights": True, "eva_config": None} if init in INITS[1:] else {})
 
 
 def _by_diffusers(layers: dict[str, Layer], pipeline: Any) -> dict[str, Layer] | None:

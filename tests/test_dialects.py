@@ -4,10 +4,11 @@ import json
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from diffopd.adapters import adapter_parameters
-from diffopd.dialects import match, read_lora, without_text_encoder
+from diffopd.dialects import match, read_layers, read_lora, without_text_encoder
 from diffopd.errors import UserError
 from diffopd.load import fuse_adapter, load_lora, load_pipeline
 
@@ -122,6 +123,65 @@ def test_pefts_layout_has_its_alpha_from_the_config_beside_it(tiny_sd, tmp_path,
     file.with_name("adapter_config.json").unlink()
     with pytest.raises(UserError, match="adapter_config.json, and there is none"):
         loaded_weights(tiny_sd, file)
+
+
+def with_header(file, layers, **config):
+    """The layers as diffusers saves them, with a LoraConfig in the file's header."""
+    from peft import LoraConfig
+
+    said = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(layers), **config).to_dict()
+    said = {f"unet.{key}": list(value) if isinstance(value, set) else value for key, value in said.items()}
+    written(file, layers, lambda name: f"unet.{name}", PEFT)
+    save_file(load_file(file), file, metadata={"lora_adapter_metadata": json.dumps(said)})
+    return file
+
+
+def saved(place, layers, form, **config):
+    if form == "peft":
+        return peft_folder(place / "peft", layers, **config)
+    return with_header(place / "l.safetensors", layers, **config)
+
+
+@pytest.mark.parametrize("form", ["peft", "header"])
+@pytest.mark.parametrize("init", ["gaussian", "eva", "orthogonal", "mica"])
+def test_however_a_lora_began_no_tensor_of_the_base_changes_when_it_is_loaded(tiny_sd, tmp_path, form, init):
+    pipeline = load_pipeline(str(tiny_sd))
+    before = {name: value.clone() for name, value in pipeline.unet.state_dict().items()}
+    layers = random_layers(pipeline.unet, ("to_q", "ff.net.0.proj"))
+    load_lora(pipeline, str(saved(tmp_path, layers, form, init_lora_weights=init)), "teacher")
+    found = {name.replace(".base_layer", ""): value for name, value in pipeline.unet.state_dict().items()}
+    assert all(torch.equal(found[name], value) for name, value in before.items())
+    fuse_adapter(pipeline)
+    deltas = {f"{name}.weight": ALPHA / RANK * up @ down for name, (down, up) in layers.items()}
+    assert_same(pipeline.unet.state_dict(), before | {name: before[name] + deltas[name] for name in deltas})
+
+
+@pytest.mark.parametrize("form", ["peft", "header"])
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        *(
+            ({"init_lora_weights": init}, f"has init_lora_weights = '{init}'")
+            for init in ("pissa", "pissa_niter_4", "OLoRA", "corda", "lora_ga", "loftq", "of tomorrow")
+        ),
+        ({"use_dora": True}, "is not a plain LoRA, it has use_dora"),
+        ({"kasa_config": {"beta": 1e-4}}, "is not a plain LoRA, it has kasa_config"),
+        ({"modules_to_save": ["conv_in"]}, "is not a plain LoRA, it has modules_to_save"),
+    ],
+)
+def test_a_lora_of_a_base_that_peft_rewrote_or_of_more_than_two_matrices_is_refused(tmp_path, form, said, reason):
+    file = saved(tmp_path, {"to_q": (torch.ones(RANK, 4), torch.ones(4, RANK))}, form)
+    named = file
+    if form == "peft":
+        named = file.with_name("adapter_config.json")
+        named.write_text(json.dumps(json.loads(named.read_text()) | said))
+    else:
+        with safe_open(file, "pt") as opened:
+            before = json.loads(opened.metadata()["lora_adapter_metadata"])
+        config = before | {f"unet.{key}": value for key, value in said.items()}
+        save_file(load_file(file), file, metadata={"lora_adapter_metadata": json.dumps(config)})
+    with pytest.raises(UserError, match=f"{named}: {reason}"):
+        read_layers(file)
 
 
 def test_a_file_that_peft_itself_saved_is_read(tiny_sd, tmp_path):
