@@ -12,10 +12,11 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from diffopd.drive import denoiser_name, denoiser_of
@@ -41,7 +42,7 @@ OTHER_KINDS = {  # a word in a tensor's name -> what the file is
 }
 METADATA = "lora_adapter_metadata"  # where diffusers keeps a LoraConfig in a file's header
 INITS = ("gaussian", "eva", "orthogonal", "mica")  # named beginnings of peft's that leave the base as it is
-CLOSE = 1e-3  # relative, between the size of what went into a converter and what came out
+CLOSE = 1e-6  # relative, between the size of what went into a converter and what came out
 
 
 @dataclass(frozen=True)
@@ -250,13 +251,32 @@ def _by_diffusers(layers: dict[str, Layer], pipeline: Any) -> dict[str, Layer] |
     """Layers renamed by the converter of the pipeline's class; None where it does not know them or loses anything."""
     if not hasattr(type(pipeline), "lora_state_dict"):
         return None
-    expected = sum(layer.squared_norm() for layer in layers.values())
-    for spelled in _spellings(layers):
-        converted = _convert(spelled, pipeline)
-        own = match(converted, denoiser_of(pipeline), denoiser_name(pipeline)) if converted else None
-        if own and abs(sum(layer.squared_norm() for layer in own.values()) - expected) <= CLOSE * expected:
+    even = {name: _evened(layer) for name, layer in layers.items()}  # else a small layer could be lost unseen
+    for spelled, evened in zip(_spellings(layers), _spellings(even), strict=True):
+        own = _converted(spelled, pipeline)
+        if own and _is_whole(own, layers) and _is_whole(_converted(evened, pipeline) or {}, even):
             return own
     return None
+
+
+def _evened(layer: Layer) -> Layer:
+    """The layer with a delta of size 1, whatever it has; one without any, as a layer is before training, gets one."""
+    squared = layer.squared_norm()
+    if squared <= 1e-12 * layer.scale**2 * float(layer.down.double().norm() * layer.up.double().norm()) ** 2:
+        return _evened(Layer(torch.ones_like(layer.down), torch.ones_like(layer.up)))
+    return replace(layer, scale=layer.scale / squared**0.5)
+
+
+def _is_whole(found: dict[str, Layer], given: dict[str, Layer]) -> bool:
+    """Whether the deltas of a converter's layers are together as large as those that it was given."""
+    size, expected = (sum(layer.squared_norm() for layer in layers.values()) for layers in (found, given))
+    return abs(size - expected) <= CLOSE * expected
+
+
+def _converted(tensors: dict[str, Tensor], pipeline: Any) -> dict[str, Layer] | None:
+    """What diffusers makes of the tensors, by module of the denoiser; None where that is not what it makes."""
+    converted = _convert(tensors, pipeline)
+    return match(converted, denoiser_of(pipeline), denoiser_name(pipeline)) if converted else None
 
 
 def _spellings(layers: dict[str, Layer]) -> list[dict[str, Tensor]]:
@@ -294,7 +314,7 @@ def _unknown_layers(file: Path, layers: dict[str, Layer], pipeline: Any) -> str:
     first = alone[0] if alone else next(iter(layers))
     return (
         f"{file}: does not fit the base: {len(alone)} of its {len(layers)} layers are not in the {component} ({kind}) "
-        f"and diffusers has no conversion for them, the first is {first}. Take a LoRA "
+        f"and diffusers' conversion does not keep them all, the first is {first}. Take a LoRA "
         "of this base, in PEFT's, diffusers', kohya's or ComfyUI's layout."
     )
 

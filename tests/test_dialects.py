@@ -339,6 +339,23 @@ def test_a_converter_that_loses_a_layer_is_not_believed(tiny_flux, tmp_path, mon
         read_lora(file, tiny_flux)
 
 
+@pytest.mark.parametrize("size", [1e-3, 0.0])
+def test_a_layer_in_other_names_than_the_rest_is_not_lost_however_small_it_is(tiny_sd, tmp_path, size):
+    """diffusers renames a file with a diffusers' name in it not at all, and takes LDM's names for none of its own."""
+    pipeline = load_pipeline(str(tiny_sd))
+    layers = random_layers(pipeline.unet, ("to_q", "to_v"))
+    mixed, ldm = tmp_path / "mixed.safetensors", tmp_path / "ldm.safetensors"
+    own, other = "down_blocks_1_attentions_0_", "input_blocks_3_1_"
+    extra = {f"lora_unet_{other}transformer_blocks_0_attn1_to_k{KOHYA[0]}": torch.ones(RANK, 32)}
+    extra |= {f"lora_unet_{other}transformer_blocks_0_attn1_to_k{KOHYA[1]}": torch.full((32, RANK), size)}
+    save_file(load_file(written(mixed, layers, *LAYOUTS["kohya"])) | extra, mixed)
+    with pytest.raises(UserError, match="1 of its .* layers are not in the unet .*input_blocks_3_1_transformer"):
+        read_lora(mixed, pipeline)
+    renamed = {key.replace(own, other): value for key, value in load_file(mixed).items() if own in key or other in key}
+    save_file(renamed, ldm)
+    assert len(read_lora(ldm, pipeline).layers) == len(renamed) / 2
+
+
 def test_a_layer_whose_flat_name_could_be_two_modules_is_not_guessed():
     network = torch.nn.ModuleDict(
         {"a_b": torch.nn.Linear(2, 2), "a": torch.nn.ModuleDict({"b": torch.nn.Linear(2, 2)})}
