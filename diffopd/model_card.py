@@ -14,7 +14,7 @@ from diffopd.data import read_prompts
 from diffopd.dialects import ranks_said, read_layers
 from diffopd.errors import UserError
 from diffopd.load import LORA_FILE
-from diffopd.locate import find_pipeline, is_path, parse_hub_id
+from diffopd.locate import HubId, find_pipeline, is_path, parse_hub_id
 from diffopd.parts import completed
 from diffopd.recipe import Recipe
 from diffopd.run_folder import RunFolder
@@ -57,7 +57,7 @@ def model_card(exported: Exported) -> str:
     metadata = [
         "---",
         "library_name: diffusers",
-        f"base_model: {base_name(recipe)}",
+        *([f"base_model: {hub_base(recipe).repo}"] if hub_base(recipe) else []),
         f"license: {next(iter(each)) if is_one else 'other'}",
         f"tags: [{'text-to-video' if exported.is_video else 'text-to-image'}, distillation, few-step]",
         "---",
@@ -90,7 +90,7 @@ def model_card(exported: Exported) -> str:
 
 def usage(exported: Exported, form: Form) -> list[str]:
     """How to load one form and draw with it, as the lines of a block of code."""
-    call = f'pipeline("{_example_prompt(exported.cards)}", {_told(exported)})'
+    call = f"pipeline({_example_prompt(exported.cards)!r}, {_told(exported)})"
     lines = [*_loading(exported, form), *_scheduler_lines(form)]
     if exported.is_video:
         lines.insert(1, "from diffusers.utils import export_to_video")
@@ -108,14 +108,33 @@ def _loading(exported: Exported, form: Form) -> list[str]:
     if form.name == "diffusers":
         folder = exported.where if on_hub else f"{WHERE}/pipeline"
         return [IMPORT, f'pipeline = DiffusionPipeline.from_pretrained("{folder}")']
-    base = base_name(recipe) if has_hub_base(recipe) else f"PATH/TO/{base_name(recipe)}"
+    found, base = _base(recipe, weights=form.file is None)
     if form.file:
         file = f"https://huggingface.co/{exported.where}/blob/main/{name}" if on_hub else f"{WHERE}/{name}"
-        load = f'{kind.__name__}.from_single_file("{file}", config="{base}")'
-        return [f"from diffusers import {kind.__name__}", f"pipeline = {load}"]
+        load = f'{kind.__name__}.from_single_file("{file}", config={base})'
+        return [f"from diffusers import {kind.__name__}", *found, f"pipeline = {load}"]
     weights = f'"{exported.where}", weight_name="{name}"' if on_hub else f'"{WHERE}/{name}"'
-    load = f'pipeline = DiffusionPipeline.from_pretrained("{base}")'
-    return [IMPORT, load, f"pipeline.load_lora_weights({weights})"]
+    load = f"pipeline = DiffusionPipeline.from_pretrained({base})"
+    return [IMPORT, *found, load, f"pipeline.load_lora_weights({weights})"]
+
+
+def _base(recipe: Recipe, *, weights: bool) -> tuple[list[str], str]:
+    """Lines that find the base (`weights`: or only its configs), and the arguments by which diffusers then takes it.
+
+    diffusers loads no pipeline from a repository's subfolder, and `from_single_file` takes its `revision` for the
+    file's repository as well: there the base is downloaded first.
+    """
+    hub = hub_base(recipe)
+    if hub is None:
+        return [], f'"PATH/TO/{base_name(recipe)}"'
+    revision = f', revision="{hub.revision}"' if hub.revision else ""
+    if not hub.subfolder and (weights or not revision):
+        return [], f'"{hub.repo}"{revision}'
+    ends = ["safetensors", "json", "txt", "model"][0 if weights else 1 :]
+    wanted = [f"{hub.subfolder}/*.{end}".lstrip("/") for end in ends]
+    folder = f' + "/{hub.subfolder}"' if hub.subfolder else ""
+    load = f'base = snapshot_download("{hub.repo}"{revision}, allow_patterns={wanted}){folder}'
+    return ["from huggingface_hub import snapshot_download", load], "base"
 
 
 def _scheduler_lines(form: Form) -> list[str]:
@@ -161,16 +180,16 @@ def _other_steps(recipe: Recipe) -> str:
     return f" Its scores below are those of {recipe.scored_steps} steps: call it with that many to have them."
 
 
-def has_hub_base(recipe: Recipe) -> bool:
-    """Whether the base is a hub id."""
+def hub_base(recipe: Recipe) -> HubId | None:
+    """The hub id that the base is, None for one of the shelf or a folder."""
     name = recipe.student.pretrained_model_name_or_path
-    return is_path(name) and not Path(name).exists() and parse_hub_id(name) is not None
+    return parse_hub_id(name) if is_path(name) and not Path(name).exists() else None
 
 
 def base_name(recipe: Recipe) -> str:
-    """The base as a card names it: its hub id, or its folder's name."""
+    """The base as a card names it: its hub id with subfolder and revision, or its folder's name."""
     name = recipe.student.pretrained_model_name_or_path
-    return name.partition("@")[0] if has_hub_base(recipe) else Path(name).name
+    return name if hub_base(recipe) else Path(name).name
 
 
 def _how(recipe: Recipe) -> str:
@@ -262,7 +281,7 @@ def _precision(recipe: Recipe) -> str:
 
 
 def _example_prompt(cards: list[TeacherCard]) -> str:
-    return read_prompts(cards[0].prompts.test)[0].prompt.replace('"', "'")
+    return read_prompts(cards[0].prompts.test)[0].prompt
 
 
 def _scores(folder: RunFolder) -> list[str]:

@@ -5,9 +5,11 @@ import re
 import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import tiny
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from typer.testing import CliRunner
@@ -35,11 +37,17 @@ def train(recipe_path, *overrides):
     return folder.path
 
 
+AWKWARD = 'a "dot"\n{b} \\n\'s ```'
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, tiny_sd, tiny_teachers):
-    """A trained run whose LoRA is on attention and convolutions; alpha is twice the rank."""
+    """A trained run whose LoRA is on attention and convolutions; alpha is twice the rank, a test prompt `AWKWARD`."""
     place = tmp_path_factory.mktemp("trained")
-    recipe = tiny.write_recipe(place / "r.toml", tiny_sd, tiny_teachers)
+    teachers = [shutil.copytree(folder, place / folder.name) for folder in tiny_teachers]
+    rows = [json.dumps({"prompt": prompt}) for prompt in (AWKWARD, "a dot")]
+    (teachers[0] / "prompts" / "test.jsonl").write_text("\n".join(rows))
+    recipe = tiny.write_recipe(place / "r.toml", tiny_sd, teachers)
     targets = 'student.target_modules=["to_q","to_out.0","ff.net.0.proj","conv1","conv_shortcut","time_emb_proj"]'
     return train(recipe, "train.learning_rate=3e-2", targets)
 
@@ -96,22 +104,88 @@ def test_licences_are_told_before_anything_is_written(all_forms):
 
 
 def blocks(card):
-    return re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    return re.findall(r"```python\n(.*?)^```", card, re.DOTALL | re.MULTILINE)
 
 
-def test_each_of_the_cards_blocks_of_code_runs_as_it_stands(all_forms, tiny_sd, tmp_path, monkeypatch):
+@pytest.fixture
+def seeded(monkeypatch):
+    """Calls of the tiny pipeline draw from one seed, whatever was drawn before; the prompts that were asked."""
+    from diffusers import StableDiffusionPipeline
+
+    asked, original = [], StableDiffusionPipeline.__call__
+
+    def call(self, prompt, **told):
+        asked.append(prompt)
+        torch.manual_seed(0)
+        return original(self, prompt, **told)
+
+    monkeypatch.setattr(StableDiffusionPipeline, "__call__", call)
+    return asked
+
+
+def test_each_of_the_cards_blocks_of_code_draws_what_the_student_does(
+    trained, all_forms, seeded, tiny_sd, tmp_path, monkeypatch
+):
     found = blocks((all_forms[0] / "README.md").read_text())
     assert len(found) == 4
+    wanted = student_pipeline(trained)(AWKWARD, num_inference_steps=2, guidance_scale=1.0).images[0]
     monkeypatch.chdir(tmp_path)
-    pictures = []
     for code in found:
         assert len(code.splitlines()) <= 4
         code = code.replace("PATH/TO/export", str(all_forms[0])).replace("PATH/TO/tiny-sd", str(tiny_sd))
-        torch.manual_seed(0)
         exec(code, {})
-        pictures.append((tmp_path / "picture.png").read_bytes())
+        with Image.open("picture.png") as drawn:
+            assert abs(np.asarray(drawn, float) - np.asarray(wanted, float)).max() <= 1
         (tmp_path / "picture.png").unlink()
-    assert len(pictures) == 4
+    assert seeded == [AWKWARD] * 5
+
+
+@pytest.mark.parametrize(
+    ("base", "repo", "revision", "by_diffusers"),
+    [
+        ("owner/model", "owner/model", None, ["lora", "single-file"]),
+        ("owner/model@v1.0", "owner/model", "v1.0", ["lora"]),
+        ("owner/model/sub/base", "owner/model", None, []),
+        ("owner/model/sub/base@refs/pr/1", "owner/model", "refs/pr/1", []),
+    ],
+)
+@pytest.mark.usefixtures("seeded")
+def test_the_cards_code_takes_the_very_base_of_a_hub_id(
+    trained, all_forms, tiny_sd, tmp_path, monkeypatch, base, repo, revision, by_diffusers
+):
+    """A repository that has the base in its subfolder, or at its top, and the hub that would give it."""
+    from diffusers import DiffusionPipeline
+    from diffusers.loaders import single_file
+
+    asked = []
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "base").symlink_to(tiny_sd)
+    top = tmp_path if "/sub" in base else tiny_sd
+
+    def give(name, revision=None, **told):
+        asked.append((name, revision))
+        return str(top)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", give)
+    monkeypatch.setattr(DiffusionPipeline, "download", give)
+    monkeypatch.setattr(single_file, "_download_diffusers_model_config_from_hub", give)
+    monkeypatch.chdir(tmp_path)
+    forms = [
+        Form("lora", "", lora=str(all_forms[0] / "lora" / "pytorch_lora_weights.safetensors")),
+        Form("single-file", "", file=str(all_forms[0] / "single-file" / "tiny.safetensors")),
+    ]
+    exported = exported_as(trained, forms=forms)
+    card = cards_of.model_card(replace(exported, recipe=other_student(trained, pretrained_model_name_or_path=base)))
+    assert f"base_model: {repo}\n" in card and f"Base: `{base}`" in card
+    asked.clear()
+    for code in blocks(card):
+        exec(code.replace("PATH/TO/export", str(all_forms[0])), {})
+    assert asked == [(repo, revision)] * 2
+    assert [form.name for form, code in zip(forms, blocks(card), strict=True) if "snapshot" not in code] == by_diffusers
+
+
+def test_a_base_that_is_not_on_the_hub_is_not_named_to_it(all_forms):
+    assert "base_model" not in (all_forms[0] / "README.md").read_text()
 
 
 def test_the_card_names_base_licences_teachers_grid_and_the_default_that_would_draw_worse(all_forms, tiny_teachers):
@@ -196,7 +270,11 @@ def test_the_card_says_in_which_precision_the_student_was_trained(trained, stude
         ("ZImagePipeline", {"guidance_scale": 0.0}, "guidance_scale=0.0"),
         ("QwenImagePipeline", {"call": {"true_cfg_scale": 1.0}}, "true_cfg_scale=1.0"),
         ("FluxPipeline", {"call": {"height": 512}}, "height=512"),
-        ("WanPipeline", {}, 'export_to_video(pipeline("a dot", num_inference_steps=2, guidance_scale=1.0).frames[0]'),
+        (
+            "WanPipeline",
+            {},
+            f"export_to_video(pipeline({AWKWARD!r}, num_inference_steps=2, guidance_scale=1.0).frames[0]",
+        ),
     ],
 )
 def test_the_cards_code_is_the_students_own_call_in_every_family(trained, family, told, expected):
