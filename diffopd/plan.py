@@ -29,7 +29,10 @@ QUERY_DRAWS = 256  # draws over which the cost of a random query is averaged
 
 @dataclass(frozen=True)
 class TeacherPlan:
-    """One teacher: its guidance, denoiser evaluations per picture of a walk, prompts, share."""
+    """One teacher: its guidance, denoiser evaluations per picture of a walk, prompts, share of the loss.
+
+    turns: its share of an update's pictures, which is not that of the loss where every teacher is asked in each round.
+    """
 
     name: str
     form: str
@@ -38,6 +41,7 @@ class TeacherPlan:
     train_prompts: int
     test_prompts: int
     share: float
+    turns: float
     held_out: str
 
 
@@ -70,7 +74,7 @@ class Plan:
     @property
     def evaluations_per_update(self) -> tuple[float, float]:
         """Denoiser evaluations (pictures x forwards) of student and teachers in one update."""
-        teachers = sum(teacher.share * teacher.evaluations for teacher in self.teachers)
+        teachers = sum(teacher.turns * teacher.evaluations for teacher in self.teachers)
         return self.pictures_per_update * self.student_evaluations, self.pictures_per_update * teachers
 
 
@@ -81,7 +85,8 @@ def make_plan(parts: Parts, processes: int = 1) -> Plan:
     recipe, base = parts.recipe, parts.base
     visits = len(parts.grid.timesteps) if parts.grid else recipe.student.num_inference_steps
     walked, asked = visited(recipe, visits)
-    total = sum(teacher.weight for teacher in recipe.teachers)
+    total, number = sum(teacher.weight for teacher in recipe.teachers), len(recipe.teachers)
+    draws = {"all": number, "round_robin": 1}.get(recipe.train.tasks_per_update)  # None: as many as it says, by weight
     teachers = []
     told = side_arguments(recipe.student, recipe.student.num_inference_steps)
     rows = forwards(base, make_scheduler(recipe, base), told)
@@ -93,11 +98,13 @@ def make_plan(parts: Parts, processes: int = 1) -> Plan:
         calls = forwards(base, make_scheduler(recipe, base), told)
         prompts = len(parts.train_rows[card.name]), len(parts.test_rows[card.name])
         cost = 0.0 if is_given else asked * recipe.objective.substeps * calls
-        student += settings.weight / total * (asked * calls if is_given else walked * rows)
+        share = settings.weight / total
+        turns = 1 / number if draws else share
+        student += turns * (asked * calls if is_given else walked * rows)
         checked = _held_out(settings, card, parts.test_rows[card.name])
-        teachers.append(TeacherPlan(card.name, card.form, guidance, cost, *prompts, settings.weight / total, checked))
+        teachers.append(TeacherPlan(card.name, card.form, guidance, cost, *prompts, share, turns, checked))
     train = recipe.train
-    tasks = {"all": len(recipe.teachers), "round_robin": 1}.get(train.tasks_per_update, train.tasks_per_update)
+    tasks = draws or train.tasks_per_update
     return Plan(
         recipe=recipe,
         pipeline_class=base.pipeline_class,

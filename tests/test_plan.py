@@ -5,15 +5,18 @@ import pytest
 import tiny
 import torch
 from rich.console import Console
+from run_helpers import prepared, recipe_with
 
 from diffopd.blueprint import num_values
 from diffopd.data import PromptRow
+from diffopd.distill import one_update
 from diffopd.errors import UserError
 from diffopd.load import load_pipeline
 from diffopd.plan import _held_out, make_plan, process_facts, readable, render
 from diffopd.preflight import check
 from diffopd.recipe import read_recipe
 from diffopd.rehearsal import CLIP_TOKENS
+from diffopd.supervise import Watch
 
 
 def plan(path, *overrides):
@@ -48,6 +51,32 @@ def test_calls_follow_the_query(tiny_recipe):
     assert told.student_evaluations == 2 and told.teachers[1].evaluations == 1
     one = plan(tiny_recipe, "student.num_inference_steps=4", "objective.query=one_low_noise")
     assert one.teachers[1].evaluations == 1 and 1 < one.student_evaluations < 4
+
+
+@pytest.mark.parametrize(("draws", "updates"), [("all", 1), ("round_robin", 2)])
+def test_the_evaluations_of_an_update_are_those_that_a_run_counts(weighted, draws, updates):
+    options = ["objective.substeps=5", f"train.tasks_per_update={draws}"]
+    options += ["teachers.lines.weight=1.0"] if draws == "round_robin" else []
+    told = plan(weighted, *options)
+    run, trained = prepared(recipe_with(weighted, *options))
+    watch = Watch()
+    for trained.progress.update in range(updates):
+        one_update(run, trained, watch)
+    counted = watch.evaluations["student"] / updates, watch.evaluations["teacher"] / updates
+    assert counted == told.evaluations_per_update == ((8, 60) if draws == "all" else (4, 30))
+
+
+def test_weights_are_shares_of_the_cost_only_where_tasks_are_drawn_by_them(weighted):
+    told = plan(weighted, "objective.substeps=5", "train.tasks_per_update=2")
+    assert told.evaluations_per_update == (8, 4 * (0.25 * 20 + 0.75 * 10))
+    assert [teacher.share for teacher in plan(weighted).teachers] == [0.25, 0.75]
+
+
+@pytest.fixture
+def weighted(tiny_recipe):
+    """The tiny recipe, whose cheaper teacher weighs three times as much as the other."""
+    tiny_recipe.write_text(tiny_recipe.read_text().replace("[objective]", "weight = 3.0\n[objective]"))
+    return tiny_recipe
 
 
 def test_the_grid_is_that_of_the_walk(tiny_recipe, tiny_pipeline):
