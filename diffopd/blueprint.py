@@ -23,6 +23,12 @@ if TYPE_CHECKING:
 
 CONFIG_PATTERNS = ["*.json", "*/*.json", "*/*.txt"]
 LOADED = (".safetensors", ".json", ".txt")
+WEIGHTS = (  # what diffusers and transformers load a model's folder from, by name; the first that is there
+    "diffusion_pytorch_model.safetensors.index.json",
+    "diffusion_pytorch_model.safetensors",
+    "model.safetensors",
+    "model.safetensors.index.json",
+)
 BYTES = 4  # of a float32
 NOT_IN_TRAINING = ("safety_checker",)  # components that training loads without: what it does to pictures is no lesson
 
@@ -77,8 +83,8 @@ class Blueprint:
         return held
 
     def weight_files(self) -> dict[str, list[Path]]:
-        """component -> its .safetensors files, for components that have any."""
-        found = {name: sorted((self.folder / name).glob("*.safetensors")) for name in self.configs}
+        """component -> the .safetensors files that it is loaded from, for components that have them all."""
+        found = {name: loaded_weights(self.folder / name) for name in self.configs}
         return {name: files for name, files in found.items() if files}
 
 
@@ -108,6 +114,18 @@ def read_blueprint(name: str, *, shipped: bool = False) -> Blueprint:
         raise UserError(f"{folder}: the pipeline has no unet and no transformer with a config.json. Save it anew.")
     kind = index.get("_class_name")
     return Blueprint(folder, kind[-1] if isinstance(kind, list) else str(kind), configs, classes, options)
+
+
+def loaded_weights(folder: Path) -> list[Path]:
+    """The .safetensors files that a component is loaded from: one file or the shards of its index, never a variant's.
+
+    Empty where there is none, or where a shard is missing.
+    """
+    named = next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+    if named is None or named.suffix == ".safetensors":
+        return [named] if named else []
+    shards = sorted({folder / name for name in read_json(named).get("weight_map", {}).values()})
+    return shards if all(shard.is_file() for shard in shards) else []
 
 
 def is_video(pipeline_class: type) -> bool:

@@ -108,17 +108,27 @@ def _base(recipe: Recipe, *, shipped: bool) -> Blueprint:
 
 
 def _refuse_pickles(base: Blueprint, place: str) -> None:
-    """Local components must have .safetensors weights; those of a hub id are only ever loaded as such."""
+    """Local components must have .safetensors that are loaded; those of a hub id are only ever loaded as such."""
+    if _is_hub_snapshot(base.folder):
+        return
+    held = base.weight_files()
     for name in base.configs:
         folder = base.folder / name
-        if not (folder / "config.json").is_file() or name in base.weight_files():
+        if not (folder / "config.json").is_file() or name in held:
             continue
+        others = sorted(folder.glob("*.safetensors"))
+        if others:
+            raise UserError(
+                f"{place}: {folder} has {others[0].name}, but the weights that are loaded are not there or not all: "
+                "one file or the shards of an index, without a variant such as fp16 in the name. Save the pipeline "
+                "anew with save_pretrained, or rename the file."
+            )
         if any(folder.glob("*.bin")):
             raise UserError(
                 f"{place}: {folder} has pickled weights only, which are never loaded. Save the pipeline anew "
                 "with save_pretrained(safe_serialization=True)."
             )
-        if name == base.denoiser and not _is_hub_snapshot(base.folder):
+        if name == base.denoiser:
             raise UserError(f"{place}: {folder} has no .safetensors weights. Save or copy the pipeline anew.")
 
 

@@ -5,6 +5,8 @@ import pytest
 import tiny
 from refused import edit, refusal
 
+from diffopd.errors import UserError
+from diffopd.load import load_pipeline
 from diffopd.preflight import check
 from diffopd.recipe import read_recipe
 
@@ -185,3 +187,15 @@ def test_a_student_is_scored_only_at_a_number_of_steps_that_it_can_be_called_wit
     check(read_recipe(own_recipe, ["evaluate.student_steps=8"]))
     text = refusal(own_recipe, "evaluate.student_steps=60", 'student.scheduler={class="LCMScheduler"}')
     assert "--set evaluate.student_steps=60: " in text and "LCMScheduler refuses 60 steps" in text
+
+
+@pytest.mark.parametrize("component", ["unet", "text_encoder"])
+def test_a_base_of_variants_alone_is_refused_as_loading_would_refuse_it(tmp_path, tiny_sd, component):
+    base = shutil.copytree(tiny_sd, tmp_path / "base")
+    (file,) = (base / component).glob("*.safetensors")
+    file.rename(file.with_suffix(".fp16.safetensors"))
+    teacher = tiny.write_teacher(tmp_path / "itself", base, form="base")
+    text = refusal(tiny.write_recipe(tmp_path / "r.toml", base, [teacher]))
+    assert f"r.toml:5: {base / component} has {file.stem}.fp16.safetensors, but the weights that are loaded" in text
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_pipeline(str(base))
