@@ -128,6 +128,12 @@ def loaded_weights(folder: Path) -> list[Path]:
     return shards if all(shard.is_file() for shard in shards) else []
 
 
+def without_weights(folder: Path) -> list[str]:
+    """Components of a pipeline folder that have a model's config and nothing that it would be loaded from."""
+    models = [path.parent for path in sorted(folder.glob("*/config.json")) if "tokenizer" not in path.parent.name]
+    return [model.name for model in models if not loaded_weights(model)]
+
+
 def is_video(pipeline_class: type) -> bool:
     """Whether the pipeline returns frames instead of images: its call's documented choice of their number."""
     return "num_frames" in inspect.signature(pipeline_class.__call__).parameters

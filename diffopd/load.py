@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from diffopd.adapters import adapter_parameters
-from diffopd.blueprint import read_json
+from diffopd.blueprint import read_json, without_weights
 from diffopd.dialects import read_lora
 from diffopd.drive import denoiser_name, denoiser_of, shell
 from diffopd.errors import UserError
@@ -50,7 +50,7 @@ def load_pipeline(
             options |= _without(folder, leave_out)
             pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True, **options)
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{folder}: cannot be loaded as a diffusers pipeline: {error}") from error
+            raise UserError(f"{folder}: cannot be loaded as a diffusers pipeline: {error}{_lacking(folder)}") from error
         except (ImportError, RuntimeError, ValueError) as error:
             if quantization:
                 raise UserError(f"{folder}: cannot be quantized here: {_first_lines(error)}") from error
@@ -59,6 +59,17 @@ def load_pipeline(
             raise UserError(f"{folder}: needs a package that is not installed: {_first_lines(error)}") from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def _lacking(folder: Path) -> str:
+    """What a folder has no weights for, if anything, and why there may be some all the same."""
+    lacking = ", ".join(without_weights(folder))
+    if not lacking:
+        return ""
+    return (
+        f" There are no .safetensors that are loaded for {lacking}: pickled weights and variants (such as fp16) are "
+        "never taken, nor downloaded. Load such a pipeline with diffusers, and give the folder of its save_pretrained."
+    )
 
 
 def _without(folder: Path, components: Collection[str]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import os
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,11 @@ from diffopd.errors import UserError, suggestion
 
 HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)((?:/[\w.-]+)*)(?:@([\w./-]+))?")
 PACKAGE = Path(__file__).resolve().parent
+PIPELINE = [  # what a base is loaded from: no pickles, no other frameworks, no checkpoints of one file beside it
+    *("*.json", "*.txt", "*.model", "*.jinja", "README.md", "LICENSE*"),
+    *("*/*.safetensors", "model.safetensors", "model-*.safetensors"),  # some keep a text encoder at the top
+]
+VARIANTS = ["*model.*.safetensors", "*model-*.*.safetensors"]  # model.fp16.safetensors, with shards before or after
 
 
 @dataclass(frozen=True)
@@ -171,8 +177,8 @@ def _no_teacher(folder: Path) -> str:
 def find_pipeline(name: str, relative_to: Path | None = None, *, patterns: list[str] | None = None) -> Path:
     """The folder of a base pipeline: shelf name, local path from `relative_to` (default: here), or hub id.
 
-    patterns: of a hub repository only these files are downloaded. Raises UserError where there is no such
-    pipeline.
+    patterns: of a hub repository only these files are downloaded, by default all that a pipeline is loaded from. Raises
+    UserError where there is no such pipeline.
     """
     if not is_path(name):
         folder = shelf("pipelines") / name
@@ -181,7 +187,8 @@ def find_pipeline(name: str, relative_to: Path | None = None, *, patterns: list[
         folder = Path(absolute(name, relative_to or Path.cwd()))
         hub = parse_hub_id(name)
         if hub and not folder.is_dir():
-            return download(hub, patterns, local=(relative_to or Path.cwd()) / name)
+            local = (relative_to or Path.cwd()) / name
+            return download(hub, patterns or PIPELINE, without=VARIANTS, local=local)
         hint = f"{nearest_sibling(folder)} Give a folder that a diffusers pipeline was saved to."
     if not (folder / "model_index.json").is_file():
         raise UserError(f"{name}: there is no pipeline with a model_index.json at {folder}.{hint}")
@@ -211,20 +218,22 @@ def nearest_recipe(name: str) -> str:
     return f' Did you mean "{near[0]}"?' if near else ""
 
 
-def download(hub: HubId, patterns: list[str] | None = None, *, local: Path | None = None) -> Path:
+def download(hub: HubId, patterns: list[str], *, without: Collection[str] = (), local: Path | None = None) -> Path:
     """The local copy of a hub repository's (sub)folder or file. Raises UserError when it cannot be had.
 
-    local: the path that the same text would be; where something near it exists, the error offers that.
+    patterns, without: which of its files. local: the path that the same text would be; where something near it exists,
+    the error offers that.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
 
     prefix = f"{hub.subfolder}/" if hub.subfolder else ""
-    wanted = [prefix + pattern for pattern in patterns or ["*"]]
+    wanted = [prefix + pattern for pattern in patterns]
+    told = {"ignore_patterns": [prefix + pattern for pattern in without]} if without else {}
     if hub.subfolder.endswith(".safetensors"):  # one file of a repository that may hold many
         wanted = [hub.subfolder]
     try:
-        top = snapshot_download(hub.repo, revision=hub.revision, allow_patterns=wanted)
+        top = snapshot_download(hub.repo, revision=hub.revision, allow_patterns=wanted, **told)
     except (HTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         near = nearest_sibling(local) if local else ""
         raise UserError(

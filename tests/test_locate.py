@@ -116,6 +116,61 @@ def test_a_file_of_a_hub_repository_is_downloaded_alone(tmp_path, monkeypatch):
     assert asked == [("owner/repo", {"revision": None, "allow_patterns": ["4steps.safetensors"]})]
 
 
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub whose every repository holds the files in the list that is returned; the download is of those asked for."""
+    from huggingface_hub.utils import filter_repo_objects
+
+    files = []
+
+    def give(repo, *, revision, allow_patterns, ignore_patterns=None):
+        for name in filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns):
+            (tmp_path / repo / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / repo / name).touch()
+        return tmp_path / repo
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", give)
+    return files
+
+
+LOADED = [
+    "LICENSE.md",
+    "README.md",
+    "model_index.json",
+    "processor/chat_template.jinja",
+    "scheduler/scheduler_config.json",
+    "text_encoder/model-00001-of-00002.safetensors",
+    "text_encoder/model-00002-of-00002.safetensors",
+    "text_encoder/model.safetensors.index.json",
+    "tokenizer/merges.txt",
+    "tokenizer/spiece.model",
+    "tokenizer/vocab.json",
+    "unet/config.json",
+    "unet/diffusion_pytorch_model.safetensors",
+    "vae/diffusion_pytorch_model-00001-of-00001.safetensors",
+]
+BESIDE = [
+    "flux1-dev.safetensors",
+    "image.png",
+    "text_encoder/model.fp16-00001-of-00002.safetensors",
+    "text_encoder/model.onnx",
+    "text_encoder/pytorch_model.bin",
+    "unet/diffusion_flax_model.msgpack",
+    "unet/diffusion_pytorch_model-00001-of-00002.bf16.safetensors",
+    "unet/diffusion_pytorch_model.bin",
+    "unet/diffusion_pytorch_model.fp16.safetensors",
+    "unet/diffusion_pytorch_model.non_ema.safetensors",
+    "v1-5-pruned.ckpt",
+]
+
+
+@pytest.mark.parametrize(("name", "prefix"), [("owner/repo", ""), ("owner/repo/model.v1/base@main", "model.v1/base/")])
+def test_of_a_base_on_the_hub_only_what_it_is_loaded_from_is_downloaded(hub, name, prefix):
+    hub.extend(prefix + file for file in (*LOADED, *BESIDE))
+    folder = find_pipeline(name)
+    assert sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()) == LOADED
+
+
 def test_a_folder_without_a_pipeline_is_refused(tmp_path):
     with pytest.raises(UserError, match="model_index.json"):
         find_pipeline(str(tmp_path))
