@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from diffopd.assemble import student_arguments
 from diffopd.data import read_prompts
 from diffopd.dialects import ranks_said, read_layers
 from diffopd.errors import UserError
+from diffopd.hub import LICENSES
 from diffopd.load import LORA_FILE
 from diffopd.locate import HubId, find_pipeline, is_path, parse_hub_id
 from diffopd.parts import completed
@@ -58,7 +60,7 @@ def model_card(exported: Exported) -> str:
         "---",
         "library_name: diffusers",
         *([f"base_model: {hub_base(recipe).repo}"] if hub_base(recipe) else []),
-        f"license: {next(iter(each)) if is_one else 'other'}",
+        *_license_lines(next(iter(each)) if is_one else "other"),
         f"tags: [{'text-to-video' if exported.is_video else 'text-to-image'}, distillation, few-step]",
         "---",
     ]
@@ -86,6 +88,14 @@ def model_card(exported: Exported) -> str:
         + ".",
     ]
     return "\n".join([*metadata, "", *body]) + "\n"
+
+
+def _license_lines(name: str) -> list[str]:
+    """What the card's head says of a licence: the hub takes the ids that it knows, and a name beside `other`."""
+    if name in LICENSES:
+        return [f"license: {name}"]
+    slug = re.sub(r"[^a-z0-9.]+", "-", name).strip("-.")
+    return ["license: other", *([f"license_name: {slug}"] if slug not in ("", "other") else [])]
 
 
 def usage(exported: Exported, form: Form) -> list[str]:

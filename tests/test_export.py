@@ -202,6 +202,34 @@ def test_the_card_names_base_licences_teachers_grid_and_the_default_that_would_d
         assert teacher_card(str(folder), folder).digest() in card
 
 
+@pytest.mark.parametrize(
+    ("base", "teachers", "head"),
+    [
+        ("apache-2.0", "Apache-2.0", {"license": "apache-2.0"}),
+        ("apache-2.0", "MIT", {"license": "other"}),
+        ("not stated", "Apache-2.0", {"license": "other"}),
+        ("other", "other", {"license": "other"}),
+        (
+            "FLUX.1 [dev]: Non-Commercial License",
+            "FLUX.1 [dev]: Non-Commercial License",
+            {"license": "other", "license_name": "flux.1-dev-non-commercial-license"},
+        ),
+    ],
+)
+def test_the_cards_head_has_a_licence_that_the_hub_knows_or_the_name_of_another(
+    trained, monkeypatch, base, teachers, head
+):
+    import yaml
+
+    monkeypatch.setattr(cards_of, "base_license", lambda recipe: base)
+    exported = exported_as(trained)
+    cards = [card.model_copy(update={"license": teachers}) for card in exported.cards]
+    for card, original in zip(cards, exported.cards, strict=True):
+        card._source = original._source
+    said = yaml.safe_load(cards_of.model_card(replace(exported, cards=cards)).split("---")[1])
+    assert {key: value for key, value in said.items() if key.startswith("license")} == head
+
+
 def exported_as(trained, **changes):
     """What a card of `trained` would speak of, with other parts."""
     from diffusers import StableDiffusionPipeline
@@ -427,6 +455,21 @@ def test_a_hub_that_cannot_be_reached_is_an_error_of_the_users(trained, agreeing
     done = CliRunner().invoke(app, ["export", str(trained), "--format", "lora", "--push-to-hub", "me/tiny"])
     assert done.exit_code == 2, done.output
     assert "the hub could not be reached or refused (ConnectError" in done.output.replace("\n", " ")
+
+
+def test_a_card_that_the_hub_refuses_is_an_error_of_the_users(trained, agreeing, online, monkeypatch):
+    import huggingface_hub
+
+    def refuse(*args, **told):
+        raise ValueError('Invalid metadata in README.md.\n- "license" must be one of [apache-2.0, mit]')
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", lambda self, repo, exist_ok: None)
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_commit", refuse)
+    done = CliRunner().invoke(app, ["export", str(trained), "--format", "lora", "--push-to-hub", "me/tiny"])
+    assert done.exit_code == 2, done.output
+    said = " ".join(done.output.split())
+    assert 'refused the model card (Invalid metadata in README.md. - "license" must be one of' in said
+    assert "The repository is there and got nothing." in said
 
 
 def test_a_form_stays_beside_those_that_come_later(trained, agreeing):
