@@ -36,14 +36,23 @@ def lora_size(recipe: Recipe, meta_denoiser: nn.Module) -> int:
     """Parameters of the student's adapter, which is put on a meta denoiser. UserError where it cannot be."""
     student = recipe.student
     takes_adapters(recipe.place("student", "train"), meta_denoiser)
+    place, layers = recipe.place("student", "target_modules"), [f".{name}" for name, _ in meta_denoiser.named_modules()]
     try:
-        return add_lora_on_meta(meta_denoiser, student.rank, student.target_modules)
+        size = add_lora_on_meta(meta_denoiser, student.rank, student.target_modules)
     except (ValueError, re.error) as error:
         raise UserError(
-            f"{recipe.place('student', 'target_modules')}: target_modules = {student.target_modules!r} gives no LoRA "
+            f"{place}: target_modules = {student.target_modules!r} gives no LoRA "
             f"on the base's {type(meta_denoiser).__name__}: {error} Name layers of it (such as to_q, conv1), or give "
             "one regular expression for their whole names."
         ) from error
+    names = [] if isinstance(student.target_modules, str) else student.target_modules
+    unknown = [name for name in names if not any(layer.endswith(f".{name}") for layer in layers)]
+    if unknown:
+        raise UserError(
+            f"{place}: target_modules = {names!r}: the base's {type(meta_denoiser).__name__} has no layer called "
+            f"{' or '.join(unknown)}. Correct or remove {'it' if len(unknown) == 1 else 'them'}."
+        )
+    return size
 
 
 def takes_adapters(place: str, denoiser: nn.Module) -> None:

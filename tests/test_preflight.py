@@ -91,6 +91,8 @@ def test_substeps_of_a_scheduler_with_several_calls_a_step_are_refused(own_recip
         ("student.pretrained_model_name_or_path=emojy", "student.pretrained_model_name_or_path=emojy"),
         ("student.target_modules=[to_k]", "not TOML"),
         ("student.target_modules=['nothing']", "gives no LoRA on the base's UNet2DConditionModel"),
+        ("student.target_modules=['to_q', 'to_zz', 'conv3']", "has no layer called to_zz or conv3. Correct or remove"),
+        ("student.target_modules=['to_q', 'attn1.to_k', 'mid_block.resnets.0.conv1', 'conv_in']", None),
         ("student.target_modules='('", "gives no LoRA on the base's UNet2DConditionModel"),
         ("student.target_modules='.*conv1'", None),
         ("student.call.eta=-1.0", "from 0 (none) to 1"),
