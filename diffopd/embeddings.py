@@ -15,16 +15,18 @@ import json
 import os
 import tempfile
 import uuid
+import warnings
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from diffopd.checkpoint import flush
 from diffopd.drive import Call, denoisers_of, replaced_forward
 from diffopd.errors import UserError
 
@@ -96,15 +98,19 @@ class PromptEmbeddings:
         return answer
 
     def _entry(self, original: Callable[..., Any], row: dict[str, Any]) -> Any:
-        """What is stored, on the CPU like all other rows; what is not yet is encoded and stored first."""
+        """What is stored, on the CPU like all other rows; what is not, or is damaged, is encoded and stored first."""
         file = self.folder / f"{self._key(original, row)}.safetensors"
-        if not file.is_file():
-            if self._closed:
-                raise UserError(
-                    f"Prompt {row.get('prompt')!r} is not stored in {self.folder}, and the text encoders were "
-                    'released. Set train.text_encoders = "cached" or "resident".'
-                )
-            _write(file, self._ask(original, row))
+        if file.is_file():
+            try:
+                return _read(file)
+            except SafetensorError as error:
+                warnings.warn(f"{file}: is damaged ({error}); its prompt is encoded anew.", stacklevel=2)
+        if self._closed:
+            raise UserError(
+                f"Prompt {row.get('prompt')!r} is not stored in {self.folder}, and the text encoders were "
+                'released. Set train.text_encoders = "cached" or "resident".'
+            )
+        _write(file, self._ask(original, row))
         return _read(file)
 
     def _ask(self, original: Callable[..., Any], row: dict[str, Any]) -> Any:
@@ -295,6 +301,7 @@ def _write(file: Path, answer: Any) -> None:
     form = json.dumps(_flattened(answer, "0", tensors))
     temporary = file.with_name(f".{file.stem}.{uuid.uuid4().hex}.partial")
     save_file(tensors, temporary, metadata={"form": form})
+    flush(temporary)  # else a crash may leave the name with nothing behind it
     os.replace(temporary, file)
 
 

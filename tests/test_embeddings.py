@@ -176,6 +176,21 @@ def test_each_prompt_and_the_negative_are_encoded_once(pipeline, cache):
     assert len(list(cache.glob("*.safetensors"))) == len(PROMPTS) + 1
 
 
+@pytest.mark.parametrize("left", [0, 40, -1], ids=["nothing", "a part", "zeros"])
+def test_a_damaged_file_is_encoded_anew_with_a_word(cache, left):
+    pipeline = tiny.build_pipeline()
+    freeze(pipeline)
+    embeddings = PromptEmbeddings(pipeline, cache)
+    embeddings.attach(pipeline)
+    embeddings.fill(call_of(pipeline), ["a dot"])
+    file = sorted(cache.iterdir())[0]
+    whole = file.read_bytes()
+    file.write_bytes(whole[:left] if left >= 0 else bytes(len(whole)))
+    with pytest.warns(UserWarning, match=f"{file.name}: is damaged .* is encoded anew"):
+        embeddings.fill(call_of(pipeline), ["a dot"])
+    assert file.read_bytes() == whole
+
+
 def test_other_weights_other_words_and_other_arguments_have_other_keys(cache):
     sd3, pipeline = build_sd3(), tiny.build_pipeline()
     cached = shell(sd3)
