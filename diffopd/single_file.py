@@ -66,6 +66,7 @@ def single_file_weights(pipeline: Any) -> dict[str, Tensor]:
             f"A single-file checkpoint can be written for {', '.join(FAMILIES)}, not for {kind}. Take the formats "
             "diffusers and lora."
         )
+    _refuse_other_parts(pipeline, kind)
     unet = pipeline.unet
     found = _renamed(unet.state_dict(), lambda key: UNET + unet_name(key, unet.config.layers_per_block))
     found |= _vae(pipeline.vae)
@@ -73,6 +74,20 @@ def single_file_weights(pipeline: Any) -> dict[str, Tensor]:
         convert = open_clip_weights if component == "text_encoder_2" else _clip
         found |= {prefix + key: value for key, value in convert(getattr(pipeline, component).state_dict()).items()}
     return {key: value.detach().contiguous().clone() for key, value in found.items()}
+
+
+def _refuse_other_parts(pipeline: Any, kind: str) -> None:
+    """Raise UserError for a pipeline of the class that has other parts than the family: SD 2.x, SDXL's refiner."""
+    other = [f"it has no {component}" for component in FAMILIES[kind] if getattr(pipeline, component) is None]
+    if kind == "StableDiffusionPipeline" and not other:
+        act, linear = pipeline.text_encoder.config.hidden_act, pipeline.unet.config.use_linear_projection
+        other += [f"its text encoder is OpenCLIP's (hidden_act {act})"] if act != "quick_gelu" else []
+        other += ["its UNet has use_linear_projection"] if linear else []
+    if other:
+        raise UserError(
+            f"A single-file checkpoint is written under the names of SD 1.x or SDXL, and this {kind} is neither: "
+            f"{' and '.join(other)}. Clients would read it as another model. Take the formats diffusers and lora."
+        )
 
 
 def unet_name(key: str, layers_per_block: int) -> str:

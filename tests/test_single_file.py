@@ -106,3 +106,21 @@ def test_what_has_no_name_in_one_file_is_refused(tiny_sdxl):
     pipeline.register_modules(unet=UNet2DConditionModel(**config | {"time_cond_proj_dim": 8}))
     with pytest.raises(UserError, match="time_embedding.cond_proj.weight has no name"):
         single_file_weights(pipeline)
+
+
+def test_a_pipeline_of_the_class_but_not_of_the_family_is_refused(tiny_sdxl):
+    """SD 2.x has SD 1's class, SDXL's refiner that of SDXL; their files have other names."""
+    from diffusers import UNet2DConditionModel
+
+    pipeline = tiny.build_pipeline()
+    pipeline.text_encoder.config.hidden_act = "gelu"
+    with pytest.raises(UserError, match=r"neither: its text encoder is OpenCLIP's \(hidden_act gelu\)\. Clients"):
+        single_file_weights(pipeline)
+    pipeline = tiny.build_pipeline()
+    config = {key: value for key, value in pipeline.unet.config.items() if not key.startswith("_")}
+    pipeline.register_modules(unet=UNet2DConditionModel(**config | {"use_linear_projection": True}))
+    with pytest.raises(UserError, match="neither: its UNet has use_linear_projection"):
+        single_file_weights(pipeline)
+    refiner = type(tiny_sdxl)(**{**tiny_sdxl.components, "text_encoder": None, "tokenizer": None})
+    with pytest.raises(UserError, match="neither: it has no text_encoder"):
+        single_file_weights(refiner)
