@@ -417,7 +417,27 @@ def read_overridden(path: Path, overrides: list[str] | None = None) -> tuple[dic
         location = apply_override(data, option)
         replaced[location] = option
     _make_paths_absolute(data, Path.cwd())
-    return data, Source(source.path, source.text, source.lines, replaced)
+    source = Source(source.path, source.text, source.lines, replaced)
+    refuse_shape_beside_init_weights(data, source)
+    return data, source
+
+
+def refuse_shape_beside_init_weights(data: dict[str, Any], source: Source) -> None:
+    """A LoRA to start from has its own rank, alpha and layers: UserError where others are given beside it.
+
+    Those of a recipe's file may stand where init_weights is given by --set: no option could take them out.
+    """
+    student = data.get("student")
+    if not isinstance(student, dict) or not student.get("init_weights"):
+        return
+    is_set = source.place(("student", "init_weights")).startswith("--set")
+    for key in ("rank", "lora_alpha", "target_modules"):
+        place = source.place(("student", key))
+        if key in student and (place.startswith("--set") or not is_set):
+            raise UserError(
+                f"{place}: student.{key} has no effect beside student.init_weights, a LoRA with a rank, alpha and "
+                "layers of its own. Remove one of the two."
+            )
 
 
 def from_resolved(data: dict[str, Any], source: Source) -> Recipe:

@@ -25,6 +25,7 @@ from diffopd.recipe import (
     PositiveOrZero,
     StudentSettings,
     TrainSettings,
+    refuse_shape_beside_init_weights,
 )
 from diffopd.settings import Location, Settings, Source, read_toml, validated
 
@@ -266,6 +267,7 @@ def read_tune_recipe(
     if "folder" not in data.setdefault("images", {}):
         raise UserError(f"{source.path}: which pictures? Give --images FOLDER, or [images] with folder in the recipe.")
     method = data.get("method", "d-opsd")
+    told = dict(data)  # without the defaults
     compared = {"name": "denoised"} if method == "d-opsd" else {"states": "data", "query": {"random": 1}}
     for table, values in (DEFAULTS | {"objective": compared}).items():
         held = data.setdefault(table, {})
@@ -275,6 +277,7 @@ def read_tune_recipe(
         data.setdefault("output_dir", f"runs/{data['name']}" + ("" if method == "d-opsd" else f"-{method}"))
     source = Source(source.path, source.text, source.lines, replaced)
     recipe = validated(TuneRecipe, data, source)
+    refuse_shape_beside_init_weights(told, source)
     recipe._source, recipe._left_out = source, left_out
     return recipe
 

@@ -75,6 +75,18 @@ def test_overrides_are_toml_values(recipe_file, option, section, key, value):
     assert getattr(getattr(read_recipe(recipe_file, [option]), section), key) == value
 
 
+def test_a_shape_beside_a_lora_to_start_from_is_refused(recipe_file):
+    begun = 'student.init_weights="owner/lora"'
+    for option in ("student.rank=16", "student.lora_alpha=16", 'student.target_modules=["to_q"]'):
+        said = message(recipe_file, begun, option)
+        assert said.startswith(f"--set {option}: ") and "has no effect beside student.init_weights" in said
+    text = TEXT.replace('"emoji"\n', '"emoji"\nrank = 16\n')
+    recipe_file.write_text(text)
+    assert read_recipe(recipe_file, [begun]).student.init_weights == "owner/lora", "no option takes the file's rank out"
+    held = text.replace("rank = 16\n", 'rank = 16\ninit_weights = "owner/lora"\n')
+    assert message(recipe_file, text=held).startswith(f"{recipe_file}:4: student.rank has no effect")
+
+
 @pytest.mark.parametrize("option", ["teachers.1.weight=7.5", "teachers.style.weight=7.5"])
 def test_a_teacher_is_overridden_by_index_or_name(recipe_file, option):
     assert [teacher.weight for teacher in read_recipe(recipe_file, [option]).teachers] == [1.0, 7.5]

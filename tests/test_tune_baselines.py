@@ -243,6 +243,7 @@ def test_what_is_left_out_is_told_and_a_file_of_that_method_may_not_have_it(tiny
         (['prior.prompts="b.jsonl"', 'student.init_weights="owner/lora"'], "taught by the base alone"),
         (["teacher.weights=frozen", 'student.init_weights="owner/lora"'], "is the base alone"),
         (["train.text_encoders=released"], 'Take "cached"'),
+        (["student.rank=8", 'student.init_weights="owner/lora"'], "student.rank has no effect beside"),
     ],
 )
 def test_settings_without_effect_are_refused(tiny_sd, pictures, options, reason):
