@@ -9,6 +9,7 @@ import tiny
 from diffopd.blueprint import read_blueprint
 from diffopd.errors import UserError
 from diffopd.grid import drivable_scheduler, make_scheduler
+from diffopd.locate import find_recipe
 from diffopd.preflight import check
 from diffopd.recipe import read_recipe
 
@@ -101,6 +102,13 @@ def test_the_grid_of_a_flow_pipeline_is_known_before_weights_and_depends_on_the_
     assert grid(*explicit).sigmas[1] < grid(*small).sigmas[1]
     with pytest.raises(UserError, match="teacher 'itself'.* does not contain the student's timestep"):
         grid(explicit[0], small[1])
+
+
+def test_four_steps_of_lcms_grid_nest_in_twenty(tiny_recipe):
+    """The recipes of LCM students ask at the student's states for another reason, which their headers say."""
+    options = ["student.scheduler.class=LCMScheduler", "student.num_inference_steps=4", "objective.substeps=5"]
+    assert check(read_recipe(tiny_recipe, options)).grid.timesteps == (999, 759, 499, 259)
+    assert all("nest in 20" in find_recipe(name).read_text(encoding="utf-8") for name in ("sd15-lcm", "sdxl-lcm"))
 
 
 def test_a_pipeline_that_cannot_run_with_a_scheduler_is_refused(tiny_recipe):
