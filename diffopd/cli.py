@@ -81,6 +81,7 @@ def distill(
     read = read_recipe(recipe, _options(overrides, output_dir))
     if dry_run:
         _show_plan(read, processes)
+        _check_folder(read, processes)
         return
     with _at_work(read.output_dir) as lock:
         _train(read, processes, lock)
@@ -116,6 +117,7 @@ def tune(
 ) -> None:
     """Teach a few-step model new pictures so that it keeps its few steps. To resume, give the same command again."""
     from diffopd.features import check_features
+    from diffopd.run_folder import has_begun
     from diffopd.tune import TASK, prepare, task_written
     from diffopd.tune_facts import facts
     from diffopd.tune_recipe import UNUSED, quoted, read_tune_recipe
@@ -135,6 +137,9 @@ def tune(
             with task_written(tuning):
                 _show_facts(facts(tuning))
                 _show_plan(tuning.recipe, processes)
+        # The task's place is part of the recipe, so where a run has begun it is made anew, of the run's own folder.
+        begun = has_begun(Path(asked.output_dir))
+        _check_folder(prepare(asked, shipped=True).recipe if begun else tuning.recipe, processes)
         return
     check_features(asked)
     tuning = prepare(asked)
@@ -180,6 +185,7 @@ def teach(
         from rich.console import Console
 
         Console().print(render_teach(found, processes))
+        _check_folder(read, processes)
         return
     with _at_work(read.output_dir) as lock:
         count = int(os.environ.get("WORLD_SIZE", processes))
@@ -381,6 +387,13 @@ def _show_plan(recipe: Any, processes: int) -> None:
 
     _quiet_libraries()
     Console().print(render(make_plan(check(recipe), processes)))
+
+
+def _check_folder(recipe: Any, processes: int) -> None:
+    """Refuse after a plan the output folder that the run would refuse, as far as that is known without hashes."""
+    from diffopd.run_folder import RunFolder
+
+    RunFolder.check(recipe.output_dir, recipe, {}, processes)
 
 
 def _show_facts(lines: list[tuple[str, str]]) -> None:

@@ -301,6 +301,19 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(place):
     assert "5 substeps" in result.output and "999 499" in result.output and not (place / "run").exists()
 
 
+def test_a_dry_run_refuses_an_output_folder_that_the_run_would_refuse(place):
+    def refused(*options):
+        result = command("distill", place / "tiny.toml", "--dry-run", *options)
+        assert result.exit_code == 2 and "Plan of tiny" in result.output, result.output
+        return result.stderr
+
+    assert "tiny.toml is a file" in refused("--output-dir", place / "tiny.toml")
+    assert "is not empty and holds no run" in refused("--output-dir", place / "dots")
+    hold_run(place, "seed=9")
+    assert "holds another run: seed was 9, is 3" in refused()
+    assert command("distill", place / "tiny.toml", "--dry-run", "--set", "seed=9").exit_code == 0
+
+
 def test_the_output_folder_of_the_command_line_wins(place):
     result = command("distill", place / "tiny.toml", "--dry-run", "--output-dir", place / "elsewhere run")
     assert result.exit_code == 0, result.output

@@ -227,6 +227,16 @@ def test_rows_of_one_size_are_walked_together_whatever_their_order():
     assert [batch for batch, _ in micro_batches(list(enumerate(rows)), 1)] == [[0], [2], [4], [1], [3]]
 
 
+def test_a_dry_run_knows_a_run_that_was_begun_from_another(tiny_sd, pictures, tmp_path):
+    recipe = prepare(asked(tiny_sd, pictures, output=tmp_path / "run")).recipe
+    RunFolder.create(recipe.output_dir, recipe, {}).append_metrics({"kind": "update", "update": 1})
+    sets = [part for option in SMALL for part in ("--set", option)]
+    told = ["tune", "--model", str(tiny_sd), "--images", str(pictures), *sets, "--output-dir", recipe.output_dir]
+    assert run_cli(*told, "--dry-run").exit_code == 0
+    result = run_cli(*told, "--dry-run", "--set", "seed=9")
+    assert result.exit_code == 2 and "holds another run: seed was" in result.output
+
+
 def test_the_command_prints_the_plan_and_writes_nothing(tiny_sd, pictures, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     sets = [part for option in SMALL for part in ("--set", option)]
