@@ -5,9 +5,11 @@ from __future__ import annotations
 import importlib.util
 import inspect
 from pathlib import Path
+from typing import Any
 
 from diffopd.blueprint import Blueprint
 from diffopd.errors import UserError, suggestion
+from diffopd.grid import make_scheduler, side_arguments
 from diffopd.quantize import check_quantization, quantization_config
 from diffopd.recipe import Recipe
 from diffopd.reward import check_card_reward
@@ -90,3 +92,58 @@ def check_call_arguments(recipe: Recipe, base: Blueprint) -> None:
                 f"{recipe.place(*location, 'call', 'eta')}: eta = {eta!r} is not allowed. It is DDIM's share of fresh "
                 "noise: give a number from 0 (none) to 1 (that of DDPM)."
             )
+
+
+def check_guidance(recipe: Recipe, base: Blueprint, cards: tuple[TeacherCard, ...]) -> None:
+    """A guidance_scale above 1, or a negative prompt, does something, as far as the pipeline can be rehearsed."""
+    student, steps = recipe.student, recipe.student.num_inference_steps
+    if not any(card.form == "pictures" for card in cards):  # these ask the student at a guidance_scale of their own
+        told = side_arguments(student, steps)
+        _refuse_unused(base, make_scheduler(recipe, base), told, "student", _places(recipe, "student"))
+    for index, (teacher, card) in enumerate(zip(recipe.teachers, cards, strict=True)):
+        if card.form == "pictures":
+            continue
+        places = _places(recipe, "teachers", index)
+        scale = teacher.guidance_scale
+        if scale is None:
+            scale, places["guidance_scale"] = card.guidance_scale, card.place("guidance_scale")
+        told = side_arguments(teacher, steps * recipe.objective.substeps, scale)
+        _refuse_unused(base, make_scheduler(recipe, base), told, f"teachers.{card.name}", places)
+
+
+def _places(recipe: Recipe, *side: str | int) -> dict[str, str]:
+    prompt = ("negative_prompt",) if side == ("student",) else ("call", "negative_prompt")
+    return {
+        "guidance_scale": recipe.place(*side, "guidance_scale"),
+        "negative_prompt": recipe.place(*side, *prompt),
+    }
+
+
+def _refuse_unused(base: Blueprint, scheduler: Any, told: dict[str, Any], side: str, places: dict[str, str]) -> None:
+    """Raise where a side of one answer is told to be guided by two, and its network is not told the guidance."""
+    import diffusers
+
+    from diffopd.rehearsal import guidance
+
+    scale, negative = told["guidance_scale"], told.get("negative_prompt")
+    if not (scale > 1 or negative):
+        return
+    is_guided, is_effective = guidance(base, scheduler, told)
+    if is_guided:
+        return
+    known = inspect.signature(getattr(diffusers, base.pipeline_class).__call__).parameters
+    prompt = f"{side}.{'' if side == 'student' else 'call.'}negative_prompt"
+    way = f"{side}.call.true_cfg_scale above 1 and {prompt}, if only a space" if "true_cfg_scale" in known else ""
+    if negative:
+        remedy = f"It needs {way}" if way else f"Set {side}.guidance_scale so that it asks for two (above 1 in most)"
+        raise UserError(
+            f"{places['negative_prompt']}: {prompt} has no effect: {base.pipeline_class}, called like this with "
+            f"guidance_scale = {scale:g}, asks its network for one answer. {remedy}, or remove it."
+        )
+    if not is_effective and scale > 1:
+        remedy = f"Its guidance needs {way}: set these, or" if way else "It cannot be guided:"
+        raise UserError(
+            f"{places['guidance_scale']}: guidance_scale = {scale:g} has no effect on {side}: {base.pipeline_class}, "
+            f"called like this, asks its network for one answer and does not tell it the scale. {remedy} set "
+            "guidance_scale to 1."
+        )

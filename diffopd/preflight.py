@@ -12,6 +12,7 @@ from diffopd.buckets import called_size
 from diffopd.call_check import (
     check_backends,
     check_call_arguments,
+    check_guidance,
     check_packages,
     check_resolutions,
     check_reward_runs,
@@ -70,6 +71,7 @@ def check(recipe: Recipe, *, hash_weights: bool = False) -> Parts:
     check_contexts(recipe, base, cards, train)
     grid = check_walk(recipe, base)
     _check_two_answers(recipe, base, cards)
+    check_guidance(recipe, base, cards)
     for index, card in enumerate(cards):
         check_fit(recipe, index, card, base, shipped=not hash_weights)
     check_warm_start(recipe, base, cards)

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from diffopd.blueprint import Blueprint, build_component, build_on_meta
 from diffopd.drive import replaced_forward
@@ -31,13 +31,15 @@ DENOISERS = ("unet", "transformer", "transformer_2")
 class Rehearsal:
     """What a call did: its grid, the denoiser rows of each step, the bytes that the graph of its first state keeps.
 
-    sigmas is empty for schedulers without noise levels of their own (they are those of the timesteps).
+    sigmas is empty for schedulers without noise levels of their own (they are those of the timesteps). heard: all that
+    the denoiser was given at the first state, samples aside.
     """
 
     timesteps: tuple[float, ...] = ()
     sigmas: tuple[float, ...] = ()
     rows: list[int] = field(default_factory=list)
     graph_bytes: int = 0
+    heard: list[Any] = field(default_factory=list)
 
 
 def can_rehearse(base: Blueprint, arguments: Mapping[str, Any]) -> bool:
@@ -84,6 +86,31 @@ def forwards(base: Blueprint, scheduler: Any, arguments: dict[str, Any]) -> floa
     return sum(rows) / len(rows)
 
 
+def guidance(base: Blueprint, scheduler: Any, arguments: dict[str, Any]) -> tuple[bool, bool]:
+    """(whether a call has a second answer to guide by, whether its guidance_scale does anything).
+
+    Both are True where that is not known: the pipeline cannot be rehearsed, or refuses one of the calls.
+    """
+    if not can_rehearse(base, arguments):
+        return True, True
+    try:
+        asked = rehearse(base, scheduler, arguments)
+        if max(asked.rows) > 1:
+            return True, True
+        others = [rehearse(base, scheduler, {**arguments, "guidance_scale": scale}).heard for scale in (1.0, 0.0)]
+    except (TypeError, ValueError, AttributeError):
+        return True, True
+    return False, not all(_same(asked.heard, heard) for heard in others)
+
+
+def _same(ones: list[Any], others: list[Any]) -> bool:
+    def equal(one: Any, other: Any) -> bool:
+        are_tensors = isinstance(one, Tensor) and isinstance(other, Tensor)
+        return torch.equal(one, other) if are_tensors else type(one) is type(other) and one == other
+
+    return len(ones) == len(others) and all(map(equal, ones, others))
+
+
 def stock_pipeline(base: Blueprint, scheduler: Any, denoiser: nn.Module) -> Any:
     """The stock class over a meta denoiser and autoencoder, without text encoders; its own tensors are on the CPU."""
     import diffusers
@@ -128,8 +155,9 @@ def _stand_ins(pipeline: Any, result: Rehearsal, *, is_computed: bool) -> Iterat
         return step(*args, **kwargs)
 
     def forward(original: Callable[..., Any], channels: int | None, *args: Any, **kwargs: Any) -> Any:
-        sample = args[0] if args else next(iter(kwargs.values()))
+        sample, *others = (*args, *kwargs.values())
         result.rows[-1] += len(sample)
+        result.heard += tree_leaves(others) if len(result.rows) == 1 else []
         if is_computed and len(result.rows) == 1:
             args, kwargs = tree_map(_shape_of, (args, kwargs))
             with LeanAttention():

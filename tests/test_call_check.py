@@ -1,6 +1,8 @@
 import sys
 
 import pytest
+import rehearsed
+import tiny
 from refused import refusal
 
 from diffopd.preflight import check
@@ -37,3 +39,42 @@ def test_an_attention_backend_that_the_run_would_refuse_is_refused_by_the_plan(o
 def test_a_quantization_that_diffusers_would_refuse_is_refused_by_the_plan(own_recipe):
     text = refusal(own_recipe, 'student.quantization={quant_backend="seven_bit", quant_kwargs={bits=7}}')
     assert "student.quantization" in text and "quant_backend=seven_bit was not found" in text
+
+
+def recipe_of(folder, family):
+    """A recipe whose teacher is the base itself, at guidance 1."""
+    rehearsed.pipeline(family).save_pretrained(folder / "base")
+    itself = tiny.write_teacher(folder / "itself", folder / "base", form="base", guidance_scale=1.0)
+    return tiny.write_recipe(folder / "r.toml", folder / "base", [itself])
+
+
+SCALE = "guidance_scale=4"
+TRUE = "call={true_cfg_scale=4.0, height=16, width=16}"
+SIZED = ["student.call={height=16, width=16}", "teachers.itself.call={height=16, width=16}"]
+
+
+def test_a_guidance_scale_that_does_nothing_is_refused_with_what_guides(tmp_path):
+    qwen, klein = recipe_of(tmp_path / "qwen", "qwen"), recipe_of(tmp_path / "klein", "klein distilled")
+    text = refusal(qwen, *SIZED, f"student.{SCALE}")
+    assert text.startswith(f"--set student.{SCALE}: guidance_scale = 4 has no effect on student: QwenImagePipeline")
+    assert "needs student.call.true_cfg_scale above 1 and student.negative_prompt, if only a space" in text
+    assert "needs teachers.itself.call.true_cfg_scale" in refusal(qwen, *SIZED, f"teachers.itself.{SCALE}")
+    check(read_recipe(qwen, [f"student.{TRUE}", SIZED[1], f"student.{SCALE}", 'student.negative_prompt=" "']))
+    assert "It cannot be guided: set guidance_scale to 1" in refusal(klein, *SIZED, f"student.{SCALE}")
+    card = tmp_path / "klein" / "itself" / "teacher.toml"
+    card.write_text(card.read_text().replace("guidance_scale = 1.0", "guidance_scale = 4.0"))
+    assert f"{card}:" in refusal(klein, *SIZED)
+
+
+@pytest.mark.parametrize("family", ["flux", "z-image", "lcm", "sd3"])
+def test_guidance_that_a_network_is_told_or_that_asks_it_twice_is_not_refused(tmp_path, family):
+    recipe = recipe_of(tmp_path, family)
+    check(read_recipe(recipe, [*SIZED, f"student.{SCALE}", f"teachers.itself.{SCALE}"]))
+
+
+def test_a_negative_prompt_that_is_not_used_is_refused(own_recipe):
+    for side, key in (("student", "negative_prompt"), ("teachers.dots", "call.negative_prompt")):
+        option, guided = f'{side}.{key}="ugly"', f"{side}.guidance_scale"
+        text = refusal(own_recipe, option, f"{guided}=1")
+        assert text.startswith(f"--set {option}: ") and "has no effect" in text and f"Set {guided} so that" in text
+        check(read_recipe(own_recipe, [option, f"{guided}=3"]))
