@@ -149,12 +149,13 @@ def reference_contenders(recipe: Recipe, cards: list[TeacherCard], student: Path
     ]
     found += _average(recipe, cards, base, switch, steps)
     for settings, card in zip(recipe.teachers, cards, strict=True):
-        if card.form in ("base", "ema", "pictures"):  # the base is there already; the student's average is no reference
+        if not _is_reference(settings, card, recipe):
             continue
         scale = own_guidance(settings, card)
         has_own = card.name in own
         pipeline = with_denoiser(base, own[card.name].module) if has_own else shell(base)
-        binding = own[card.name].present if has_own else partial(switch.bound, card.name)
+        adapter = card.name if card.form == "lora" else None
+        binding = own[card.name].present if has_own else partial(switch.bound, adapter)
         call = Call(pipeline, {**settings.call}, binding)
         for count in dict.fromkeys((own_steps(settings, card), recipe.scored_steps)):
             found.append(Contender(f"teacher:{card.name}", call, count, scale))
@@ -162,6 +163,19 @@ def reference_contenders(recipe: Recipe, cards: list[TeacherCard], student: Path
         alone = student_contender(recipe, shell(base))
         found.append(replace(alone, call=replace(alone.call, binding=partial(switch.bound, STUDENT))))
     return found
+
+
+def _is_reference(settings: TeacherSettings, card: TeacherCard, recipe: Recipe) -> bool:
+    """Whether a teacher is scored: neither the student's average, nor pictures, nor a base that is there already.
+
+    The base is scored at the student's call; as a teacher it may have its own (guidance, steps). What its context shows
+    is not told in evaluation, so such a base would not be the teacher.
+    """
+    if card.form != "base":
+        return card.form not in ("ema", "pictures")
+    student = recipe.student
+    own = settings.call, own_steps(settings, card), own_guidance(settings, card)
+    return not settings.context and own != (student.call, student.num_inference_steps, student.guidance_scale)
 
 
 def own_steps(settings: TeacherSettings, card: TeacherCard) -> int:

@@ -141,6 +141,24 @@ def test_the_recipes_number_of_steps_of_a_teacher_is_used(scored):
     assert {steps for model, steps, _ in settings if model in ("base", "average")} == {12, 2}
 
 
+def test_a_base_that_teaches_by_a_call_of_its_own_is_scored_as_a_teacher(tiny_sd, tmp_path):
+    itself = tiny.write_teacher(tmp_path / "itself", tiny_sd, form="base", guidance_scale=3.0)
+    tiny.write_recipe(tmp_path / "r.toml", tiny_sd, [itself])
+    recipe, cards = read(tmp_path, "teachers.0.call.guidance_rescale=0.5", "teachers.0.num_inference_steps=3")
+    references = evaluation.reference_contenders(recipe, cards)
+    assert [c.key for c in references if c.model != "base"] == [("teacher:itself", n, 3.0) for n in (3, 2)]
+    told = {c.model: c.call.arguments.get("guidance_rescale") for c in references}
+    assert told == {"base": None, "teacher:itself": 0.5}
+    results = [evaluation.Result(c.key, "itself", [0.5, 1.0], 0.0, 0.0) for c in references]
+    rows = [{"model": c.model} for c in references]
+    evaluation._add_ratios(rows, results, recipe, cards, {"itself": ["a", "b"]})
+    assert [row["model"] for row in rows if row.get("is_reference")] == ["teacher:itself"]
+    assert all(row["ratio"]["to"] == "teacher:itself" for row in rows if not row.get("is_reference"))
+
+    as_student = ["teachers.0.guidance_scale=1.0", "teachers.0.num_inference_steps=2"]
+    assert {c.model for c in evaluation.reference_contenders(*read(tmp_path, *as_student))} == {"base"}
+
+
 def test_a_student_is_scored_at_its_own_steps_unless_the_recipe_says_otherwise(tiny_recipe, tiny_pipeline, monkeypatch):
     recipe = read_recipe(tiny_recipe, ["evaluate.student_steps=3"])
     cards = [teacher_card(settings.name, recipe.path) for settings in recipe.teachers]
