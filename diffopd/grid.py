@@ -53,6 +53,8 @@ def make_scheduler(recipe: Recipe, base: Blueprint) -> Any:
         reason = " ".join(str(error).split())
         raise UserError(f"{place}: {name} needs a package that is not installed: {reason}{rest}") from error
     except (TypeError, ValueError, NotImplementedError) as error:
+        if name not in FAMILIES:
+            raise UserError(f"{place}: {name} cannot be driven; known are {', '.join(FAMILIES)}.") from error
         raise UserError(f"{place}: {name} refuses its settings: {error}. Correct student.scheduler.") from error
     answer = getattr(made.config, "prediction_type", None)
     if getattr(made.config, "use_flow_sigmas", False) and answer != "flow_prediction":

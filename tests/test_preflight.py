@@ -78,6 +78,7 @@ def test_substeps_of_a_scheduler_with_several_calls_a_step_are_refused(own_recip
     ("option", "reason"),
     [
         ("student.scheduler.class=DDIMSchedular", 'Did you mean "DDIMScheduler"?'),
+        ("student.scheduler.class=VQDiffusionScheduler", "VQDiffusionScheduler cannot be driven; known are DDIM"),
         ("student.scheduler.timestep_spacin=trailing", 'Did you mean "timestep_spacing"?'),
         ("student.scheduler.timestep_spacing=sideways", "sideways"),
         ("student.scheduler.clip_sample=true", "clip_sample"),
