@@ -182,7 +182,9 @@ def find_pipeline(name: str, relative_to: Path | None = None, *, patterns: list[
     """
     if not is_path(name):
         folder = shelf("pipelines") / name
+        here = (relative_to or Path.cwd()) / name
         hint = suggestion(name, pipeline_names()) + " For your own give a path with a separator, or owner/repo."
+        hint = f' For the folder {here} write "./{name}".' if here.is_dir() else hint
     else:
         folder = Path(absolute(name, relative_to or Path.cwd()))
         hub = parse_hub_id(name)

@@ -218,3 +218,12 @@ def test_what_is_no_teachers_folder_is_refused_with_what_it_is(tmp_path, name, w
     (tmp_path / "plain").mkdir()
     with pytest.raises(UserError, match=words):
         find_teacher(name, tmp_path)
+
+
+def test_a_folder_here_that_is_named_without_a_separator_is_offered(shelf, tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r'For the folder .*/mine write "\./mine"'):
+        find_pipeline("mine")
+    with pytest.raises(UserError, match="path with a separator, or owner/repo"):
+        find_pipeline("yours")
