@@ -20,7 +20,7 @@ from diffopd import noise
 from diffopd.adapters import AdapterSwitch
 from diffopd.data import read_prompts
 from diffopd.drive import Call, denoiser_of, shell, survey
-from diffopd.evaluate import Contender, Task, measure, pictures, reference_contenders, tasks_of
+from diffopd.evaluate import Contender, Task, card_results, measure, pictures, reference_contenders, tasks_of
 from diffopd.load import load_lora
 from diffopd.locate import shelf
 from diffopd.objective import get_objective
@@ -40,7 +40,10 @@ Scores = dict[str, list[float]]  # task -> a score per prompt
 
 @dataclass
 class Scorer:
-    """Base, teachers and held-out tasks, loaded when first asked for; results lie in output/scores."""
+    """Base, teachers and held-out tasks, loaded when first asked for; results lie in output/scores.
+
+    What the teachers' cards say of base and teachers under these very conditions is taken from there.
+    """
 
     setup: Setup
     _loaded: list[str] = field(default_factory=list)
@@ -106,7 +109,9 @@ class Scorer:
     def _scored(self, contender: Contender, walk: tuple[str, float], tasks: Sequence[str]) -> Scores:
         asked = [task for task in self.tasks if task.name in tasks]
         if walk == NATIVE:
-            return {result.task: result.scores for result in measure([(contender, t) for t in asked], self.recipe)}
+            known = card_results(self.recipe, self.cards, asked, [contender])
+            missing = [(contender, task) for task in asked if (contender.key, task.name) not in known]
+            return {result.task: result.scores for result in [*known.values(), *measure(missing, self.recipe)]}
         return {task.name: self._walked(contender, task, *walk) for task in asked}
 
     def _walked(self, contender: Contender, task: Task, solver: str, noise_level: float) -> list[float]:
