@@ -18,6 +18,14 @@ OUTCOMES: dict[str, bool] = {}  # test of the families' contract -> whether it p
 CONTRACT = ("test_families.py", "test_export_families.py")
 
 
+LONGEST = "test_a_wider_autoencoder"  # alone at the end, it would keep the other process waiting for a minute
+
+
+def pytest_collection_modifyitems(items):
+    """The longest test comes first."""
+    items.sort(key=lambda item: not item.name.startswith(LONGEST))
+
+
 def pytest_runtest_logreport(report):
     """Note how the tests of the families' contract end; with several processes the first one hears of all."""
     path, _, name = report.nodeid.partition("::")
