@@ -95,7 +95,7 @@ def check_call_arguments(recipe: Recipe, base: Blueprint) -> None:
 
 
 def check_guidance(recipe: Recipe, base: Blueprint, cards: tuple[TeacherCard, ...]) -> None:
-    """A guidance_scale above 1, or a negative prompt, does something, as far as the pipeline can be rehearsed."""
+    """Guidance above 1, or a negative prompt, does something, as far as the pipeline can be rehearsed."""
     student, steps = recipe.student, recipe.student.num_inference_steps
     if not any(card.form == "pictures" for card in cards):  # these ask the student at a guidance_scale of their own
         told = side_arguments(student, steps)
@@ -116,6 +116,7 @@ def _places(recipe: Recipe, *side: str | int) -> dict[str, str]:
     return {
         "guidance_scale": recipe.place(*side, "guidance_scale"),
         "negative_prompt": recipe.place(*side, *prompt),
+        "true_cfg_scale": recipe.place(*side, "call", "true_cfg_scale"),
     }
 
 
@@ -125,8 +126,8 @@ def _refuse_unused(base: Blueprint, scheduler: Any, told: dict[str, Any], side: 
 
     from diffopd.rehearsal import guidance
 
-    scale, negative = told["guidance_scale"], told.get("negative_prompt")
-    if not (scale > 1 or negative):
+    scale, negative, true_scale = told["guidance_scale"], told.get("negative_prompt"), told.get("true_cfg_scale", 1.0)
+    if max(scale, true_scale) <= 1 and not negative:
         return
     is_guided, is_effective = guidance(base, scheduler, told)
     if is_guided:
@@ -139,6 +140,12 @@ def _refuse_unused(base: Blueprint, scheduler: Any, told: dict[str, Any], side: 
         raise UserError(
             f"{places['negative_prompt']}: {prompt} has no effect: {base.pipeline_class}, called like this with "
             f"guidance_scale = {scale:g}, asks its network for one answer. {remedy}, or remove it."
+        )
+    if true_scale > 1:
+        raise UserError(
+            f"{places['true_cfg_scale']}: true_cfg_scale = {true_scale:g} has no effect on {side}: "
+            f"{base.pipeline_class}, called like this, asks its network for one answer. It needs {prompt}, if only a "
+            "space, or remove it."
         )
     if not is_effective and scale > 1:
         remedy = f"Its guidance needs {way}: set these, or" if way else "It cannot be guided:"

@@ -66,6 +66,17 @@ def test_a_guidance_scale_that_does_nothing_is_refused_with_what_guides(tmp_path
     assert f"{card}:" in refusal(klein, *SIZED)
 
 
+@pytest.mark.parametrize("family", ["qwen", "flux"])
+def test_a_true_cfg_scale_without_a_negative_prompt_is_refused(tmp_path, family):
+    recipe = recipe_of(tmp_path, family)
+    text = refusal(recipe, f"student.{TRUE}", SIZED[1])
+    assert "student.call" in text and "true_cfg_scale = 4 has no effect on student" in text
+    assert "It needs student.negative_prompt, if only a space, or remove it." in text
+    text = refusal(recipe, SIZED[0], f"teachers.itself.{TRUE}")
+    assert "It needs teachers.itself.call.negative_prompt" in text
+    check(read_recipe(recipe, [f"student.{TRUE}", SIZED[1], 'student.negative_prompt=" "']))
+
+
 @pytest.mark.parametrize("family", ["flux", "z-image", "lcm", "sd3"])
 def test_guidance_that_a_network_is_told_or_that_asks_it_twice_is_not_refused(tmp_path, family):
     recipe = recipe_of(tmp_path, family)
