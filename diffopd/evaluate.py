@@ -103,12 +103,16 @@ def evaluate_run(run_dir: Path, *, everything: bool = False) -> Path:
 def contenders(folder: RunFolder, recipe: Recipe, cards: list[TeacherCard]) -> tuple[list[Contender], Contender]:
     """References and the student of a run's last checkpoint.
 
-    In float32 the student is the pipeline that is exported; under evaluate.dtype = "bf16" a LoRA student is an adapter
-    on the references' own trunk. Raises UserError where there is no checkpoint.
+    In float32 the student is the pipeline that is exported, whose encoders and VAE are the references' own; under
+    evaluate.dtype = "bf16" a LoRA student is an adapter on their trunk, too. Raises UserError without a checkpoint.
     """
     if recipe.evaluate.dtype == "float32":
-        references = reference_contenders(recipe, cards) if recipe.evaluate.teachers else []
-        return references, student_contender(recipe, student_pipeline(folder.path).to(default_device()))
+        pipeline, device = student_pipeline(folder.path), default_device()
+        if not recipe.evaluate.teachers:
+            return [], student_contender(recipe, pipeline.to(device))
+        references = reference_contenders(recipe, cards)
+        with_student = with_denoiser(references[0].call.pipeline, denoiser_of(pipeline).to(device))
+        return references, student_contender(recipe, with_student)
     *references, student = reference_contenders(recipe, cards, student=checkpoint_of(folder) / LORA_FILE)
     return references if recipe.evaluate.teachers else [], student
 

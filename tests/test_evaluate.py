@@ -15,6 +15,7 @@ from run_helpers import recipe_with, run_to_end
 from diffopd import evaluate as evaluation
 from diffopd.drive import denoiser_of
 from diffopd.errors import UserError
+from diffopd.load import student_pipeline
 from diffopd.recipe import read_recipe
 from diffopd.teacher import teacher_card
 
@@ -191,9 +192,13 @@ def test_a_lora_student_may_be_scored_rounded_on_one_trunk_with_its_references(t
         for one in (base, student):
             (images,) = evaluation.pictures(replace(one, num_inference_steps=2), task.rows, task.name, 0, 2)
             drawn[dtype, one.model] = np.stack([np.asarray(image, float) for image in images])
+        assert base.call.pipeline.text_encoder is student.call.pipeline.text_encoder
         is_shared = denoiser_of(base.call.pipeline) is denoiser_of(student.call.pipeline)
         assert is_shared == (dtype == "bf16")
         assert denoiser_of(base.call.pipeline).dtype == (torch.bfloat16 if is_shared else torch.float32)
+    exported = evaluation.student_contender(recipe, student_pipeline(folder.path))
+    (images,) = evaluation.pictures(replace(exported, num_inference_steps=2), task.rows, task.name, 0, 2)
+    assert np.array_equal(drawn["float32", "student"], np.stack([np.asarray(image, float) for image in images]))
     for model in ("base", "student"):
         assert 0 < np.abs(drawn["bf16", model] - drawn["float32", model]).mean() < 1
     assert np.abs(drawn["bf16", "student"] - drawn["bf16", "base"]).mean() > 5
