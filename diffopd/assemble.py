@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -24,15 +24,16 @@ from diffopd.adapters import (
 )
 from diffopd.attention import use_attention_backend
 from diffopd.blueprint import NOT_IN_TRAINING, read_blueprint
-from diffopd.context import Context, Noised, TextOnly, in_context
+from diffopd.context import Context, EnhancedPrompt, Noised, TextOnly, in_context
 from diffopd.data import PromptRow, read_prompts
 from diffopd.drive import Call, denoiser_name, denoiser_of, shell
-from diffopd.embeddings import PromptEmbeddings, cache_folder
+from diffopd.embeddings import PromptEmbeddings, cache_folder, text_encoders
+from diffopd.encode_ahead import encode_ahead, load_encoders
 from diffopd.errors import UserError
 from diffopd.load import load_full_denoiser, load_fused_denoiser, load_lora, load_pipeline
 from diffopd.locate import find_pipeline
 from diffopd.lowrank import average_delta, begin_at
-from diffopd.memory import Offload, Released
+from diffopd.memory import Offload, ReleasedVae
 from diffopd.precision import answer_in_float32, component_dtypes
 from diffopd.processes import Processes
 from diffopd.quantize import quantization_config
@@ -46,7 +47,7 @@ ALONE = Processes()
 class Student:
     """The trained side: its call (without prompts), its trainable parameters and its pipeline.
 
-    released: the text encoders and the VAE of all sides, where they were let go for the time of training.
+    released: the VAE of all sides, where it was let go for the time of training.
     left_out: of a student that begins as its teachers' average, the relative error of its rank; else None.
     """
 
@@ -54,12 +55,12 @@ class Student:
     pipeline: Any
     parameters: dict[str, nn.Parameter]
     is_lora: bool
-    released: Released | None = None
+    released: ReleasedVae | None = None
     left_out: float | None = None
 
     def decoding(self) -> AbstractContextManager:
         """While open, latents can be decoded."""
-        return self.released.vae_back() if self.released else nullcontext()
+        return self.released.back() if self.released else nullcontext()
 
 
 @dataclass
@@ -104,7 +105,14 @@ def assemble(recipe: Recipe, device: str, processes: Processes = ALONE) -> tuple
     name = recipe.student.pretrained_model_name_or_path
     quantization = quantization_config(recipe, read_blueprint(name).denoiser)
     dtypes = component_dtypes(recipe.train.frozen_dtype)
-    base = load_pipeline(name, dtypes, quantization, leave_out=NOT_IN_TRAINING)
+    cards = [teacher_card(settings.name, recipe.path) for settings in recipe.teachers]
+    cache, encoders = None, ()
+    if recipe.train.text_encoders == "released":
+        reader = with_scheduler(load_encoders(name, dtypes, quantization, device), recipe)
+        encoders = tuple(text_encoders(reader))
+        cache = encode_ahead(reader, _asked(recipe, cards), processes)
+        del reader
+    base = load_pipeline(name, dtypes, quantization, leave_out=(*NOT_IN_TRAINING, *encoders))
     base = with_scheduler(base, recipe).to(device)
     freeze(base)
     is_lora = recipe.student.train == "lora"
@@ -112,7 +120,6 @@ def assemble(recipe: Recipe, device: str, processes: Processes = ALONE) -> tuple
     student_pipeline = shell(base)
     if not is_lora:  # the student's trunk will move; adapters of teachers need one that stays
         student_pipeline = with_denoiser(base, copy.deepcopy(trunk).float())
-    cards = [teacher_card(settings.name, recipe.path) for settings in recipe.teachers]
     delta = average_delta(base, cards) if recipe.student.begin_from == "teacher_average" else {}
     own = own_denoisers(base, cards, recipe)
     for card in cards:
@@ -147,8 +154,13 @@ def assemble(recipe: Recipe, device: str, processes: Processes = ALONE) -> tuple
             answer_in_float32(denoiser, denoiser.dtype)
     call = Call(student_pipeline, student_arguments(recipe))
     student = Student(call, student_pipeline, parameters, is_lora, left_out=left_out)
+    pipelines = [student.pipeline, *(teacher.call.pipeline for teacher in teachers)]
     if recipe.train.text_encoders != "resident":
-        _cache_prompts(recipe, base, student, teachers, processes)
+        cache = cache or PromptEmbeddings(base, cache_folder())
+        for pipeline in pipelines:
+            cache.attach(pipeline)
+    if recipe.train.text_encoders == "released" and recipe.objective.states != "data":
+        student.released = ReleasedVae([base, *pipelines], find_pipeline(name))
     return student, teachers
 
 
@@ -158,25 +170,13 @@ def _distinct(student_pipeline: Any, teachers: list[Teacher]) -> list[nn.Module]
     return list({id(denoiser): denoiser for denoiser in held}.values())
 
 
-def _cache_prompts(recipe: Recipe, base: Any, student: Student, teachers: list[Teacher], processes: Processes) -> None:
-    """Embeddings come from the cache; with "released" all of them are stored now, and the encoders let go."""
-    cache = PromptEmbeddings(base, cache_folder())
-    pipelines = [student.pipeline, *(teacher.call.pipeline for teacher in teachers)]
-    for pipeline in pipelines:
-        cache.attach(pipeline)
-    if recipe.train.text_encoders == "cached":
-        return
-    for teacher in teachers:
-        rows = [*teacher.train_rows, *teacher.test_rows]
-        told = [(student.call, [row.prompt for row in rows]), (teacher.call, teacher.context.prompts(rows))]
-        for call, prompts in told:
-            different = list(dict.fromkeys(prompts))
-            for index in processes.rows(len(different)):
-                cache.fill(call, different[index : index + 1])
-    processes.wait()
-    cache.close()
-    folder = find_pipeline(recipe.student.pretrained_model_name_or_path)
-    student.released = Released([base, *pipelines], folder, keep_vae=recipe.objective.states == "data")
+def _asked(recipe: Recipe, cards: list[TeacherCard]) -> Iterator[tuple[dict[str, Any], list[str]]]:
+    """The calls whose prompts a run needs, with those prompts: the student's, and each teacher's own."""
+    for settings, card in zip(recipe.teachers, cards, strict=True):
+        rows = [row for path in (card.prompts.train, card.prompts.test) for row in read_prompts(path)]
+        yield student_arguments(recipe), [row.prompt for row in rows]
+        richer = settings.context and settings.context.kind == "enhanced_prompt"
+        yield _teacher_arguments(recipe, settings, card), (EnhancedPrompt() if richer else TextOnly()).prompts(rows)
 
 
 @dataclass(frozen=True)
@@ -291,10 +291,17 @@ def _teacher(
     pipeline, follow = shell(base) if own is None else with_denoiser(base, own.module), None
     if card.form == "ema":
         pipeline, follow = self_teacher(recipe, settings, base, student_pipeline, parameters)
-    guidance = own_guidance(settings, card)
-    arguments = {"guidance_scale": guidance, "output_type": "latent", **settings.call}
+    call = Call(pipeline, _teacher_arguments(recipe, settings, card))
     train, test = (read_prompts(path) for path in (card.prompts.train, card.prompts.test))
-    return Teacher(card.name, card, Call(pipeline, arguments), train, test, settings.weight, follow)
+    return Teacher(card.name, card, call, train, test, settings.weight, follow)
+
+
+def _teacher_arguments(recipe: Recipe, settings: TeacherSettings, card: TeacherCard) -> dict[str, Any]:
+    """The keyword arguments of a teacher's call, prompts and steps aside; of pictures the student's own."""
+    guidance = own_guidance(settings, card)
+    if card.form == "pictures":
+        return {**student_arguments(recipe), "guidance_scale": guidance}
+    return {"guidance_scale": guidance, "output_type": "latent", **settings.call}
 
 
 def own_guidance(settings: TeacherSettings, card: TeacherCard) -> float:
@@ -305,8 +312,7 @@ def own_guidance(settings: TeacherSettings, card: TeacherCard) -> float:
 def _pictures(recipe: Recipe, settings: TeacherSettings, card: TeacherCard, student_pipeline: Any) -> Teacher:
     """The student's own call at the noise levels of pictures."""
     levels = settings.num_inference_steps or card.num_inference_steps
-    guidance = own_guidance(settings, card)
-    call = Call(shell(student_pipeline), student_arguments(recipe)).regridded(levels).told(guidance_scale=guidance)
+    call = Call(shell(student_pipeline), _teacher_arguments(recipe, settings, card)).regridded(levels)
     train, test = (read_prompts(path) for path in (card.prompts.train, card.prompts.test))
     return Teacher(card.name, card, call, train, test, settings.weight, context=Noised())
 

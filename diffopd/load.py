@@ -21,7 +21,7 @@ from diffopd.run_folder import RunFolder
 from diffopd.teacher import TeacherCard, weight_files
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
+    from collections.abc import Collection, Iterator, Mapping
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
@@ -32,11 +32,12 @@ def load_pipeline(
     quantization: Any = None,
     *,
     leave_out: Collection[str] = (),
+    given: Mapping[str, nn.Module] | None = None,
 ) -> Any:
     """A stock pipeline by shelf name, folder or hub id, from safetensors, progress bar off.
 
     dtype: one for all components, or by component name with a "default". quantization: a config of diffusers.
-    leave_out: components that the pipeline can do without, where it has them.
+    leave_out: components that the pipeline can do without, where it has them. given: components that are not loaded.
 
     Raises UserError where it cannot be found or has pickled weights only.
     """
@@ -47,7 +48,7 @@ def load_pipeline(
     with _quiet():
         try:
             options = {"quantization_config": quantization} if quantization else {}
-            options |= _without(folder, leave_out)
+            options |= _without(folder, leave_out) | dict(given or {})
             pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True, **options)
         except (OSError, SafetensorError) as error:
             raise UserError(f"{folder}: cannot be loaded as a diffusers pipeline: {error}{_lacking(folder)}") from error

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+DENOISERS = ("unet", "transformer", "transformer_2")
+
 
 def denoiser_of(pipeline: Any) -> nn.Module:
     """The network that a pipeline denoises with. Raises ValueError where there is none."""
@@ -31,7 +33,7 @@ def denoiser_name(pipeline: Any) -> str:
 
 def denoisers_of(pipeline: Any) -> list[nn.Module]:
     """Every network that the pipeline may denoise with (some have two, for high and low noise)."""
-    held = [getattr(pipeline, name, None) for name in ("unet", "transformer", "transformer_2")]
+    held = [getattr(pipeline, name, None) for name in DENOISERS]
     return [module for module in held if module is not None]
 
 

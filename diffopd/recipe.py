@@ -306,12 +306,14 @@ class Recipe(Settings):
 
     @model_validator(mode="after")
     def _pictures_can_be_encoded(self) -> Recipe:
-        seeing = [t.name for t in self.teachers if t.context and t.context.kind == "reference_image"]
-        if seeing and self.train.text_encoders == "released":
-            raise ValueError(
-                f'train.text_encoders = "released" lets the VAE go, and teacher {seeing[0]!r} needs it for its '
-                'reference images. Set it to "cached".'
-            )
+        needed = {"reference_image": "the VAE", "image_prompt": "the text encoder"}
+        for teacher in self.teachers:
+            part = needed.get(teacher.context.kind) if teacher.context else None
+            if part and self.train.text_encoders == "released":
+                raise ValueError(
+                    f'train.text_encoders = "released" lets {part} go, and teacher {teacher.name!r} sees pictures '
+                    'with it. Set it to "cached".'
+                )
         return self
 
     @model_validator(mode="after")

@@ -19,12 +19,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from diffopd.blueprint import Blueprint, build_component, build_on_meta
-from diffopd.drive import replaced_forward
-from diffopd.parts import completed
+from diffopd.parts import completed, denoisers_of, replaced_forward
 from diffopd.schedulers import family_of
 
 CLIP_TOKENS = 77
-DENOISERS = ("unet", "transformer", "transformer_2")
 
 
 @dataclass
@@ -144,7 +142,7 @@ def _autoencoder(base: Blueprint) -> nn.Module:
 def _stand_ins(pipeline: Any, result: Rehearsal, *, is_computed: bool) -> Iterator[None]:
     """The denoisers answer zeros; the rows of each step are counted, and the graph of the first if it is computed."""
     step, kept = pipeline.scheduler.step, Kept()
-    denoisers = [m for m in (getattr(pipeline, n, None) for n in DENOISERS) if m is not None]
+    denoisers = denoisers_of(pipeline)
     kept.ignore(denoisers)
     result.rows = [0]
     first = ExitStack()  # open from the first forward to the first step, for the pipeline's own guidance arithmetic too
