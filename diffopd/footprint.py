@@ -14,6 +14,7 @@ from diffopd.blueprint import (
     BYTES,
     NOT_IN_TRAINING,
     add_adapter_like,
+    add_lora_on_meta,
     build_component,
     num_stored,
     num_values,
@@ -30,22 +31,33 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+TEXT_ENCODER = "text_encoder"  # how the names of text encoders begin
 # Bits of a quantised weight with its scales: bitsandbytes' nf4 keeps a float32 for each 64 weights, int8 one a row.
 BITS = {"bnb-4bit": 4.5, "bnb-8bit": 8.0, "torchao-int8": 8.0, "bitsandbytes_4bit": 4.5, "bitsandbytes_8bit": 8.0}
 QUANTO_BITS = {"float8": 8.0, "int8": 8.0, "int4": 4.5, "int2": 2.5}  # `weights_dtype` of quant_backend "quanto"
+# A LoRA on the hub is taken to have these, which published few-step ones of UNets share. Counted so in float16,
+# latent-consistency's are 135 MB for Stable Diffusion 1.5 and 394 MB for SDXL, which is the size of their files.
+STEP_LORA_RANK = 64
+STEP_LORA_LAYERS = [
+    *("to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "time_emb_proj"),
+    *("conv1", "conv2", "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv"),
+]
 
 
 @dataclass(frozen=True)
 class Footprint:
     """trained: parameters that are trained; adapter: the rank of a LoRA that training starts from, "" without one.
 
-    memory: item -> bytes, without an entry for the graph of a pipeline that cannot be rehearsed. unsure: what is
-    taken for granted in them, a sentence each.
+    memory: item -> bytes, without an entry for the graph of a pipeline that cannot be rehearsed. encoding: bytes of the
+    encoders that are released before the first update, 0 if none are. evaluating: bytes of what is loaded after the
+    last one. unsure: what is taken for granted, a sentence each.
     """
 
     trained: int
     adapter: str
     memory: dict[str, int]
+    encoding: int
+    evaluating: int
     unsure: tuple[str, ...]
 
 
@@ -78,7 +90,8 @@ def footprint(parts: Parts) -> Footprint:
         answer_in_float32(denoiser, frozen)
     graph = _graph(parts, denoiser)
     memory |= {"graph of one state": graph} if graph is not None else {}
-    return Footprint(trained, adapter, {name: size for name, size in memory.items() if size}, tuple(unsure))
+    memory = {name: size for name, size in memory.items() if size}
+    return Footprint(trained, adapter, memory, _encoding(parts, frozen), _evaluating(parts), tuple(unsure))
 
 
 def _with_adapter(recipe: Recipe, denoiser: nn.Module, component: str, unsure: list[str]) -> tuple[int, str]:
@@ -89,6 +102,9 @@ def _with_adapter(recipe: Recipe, denoiser: nn.Module, component: str, unsure: l
     start, here = recipe.student.init_weights, Path.cwd()
     if start is None:
         return sum(parameter.numel() for parameter in denoiser.parameters() if parameter.requires_grad), ""
+    if hub_weights(start, here) and component == "unet":
+        unsure.append(f"{start} is on the hub: it is taken to be a few-step LoRA of the usual rank {STEP_LORA_RANK}")
+        return add_lora_on_meta(denoiser, STEP_LORA_RANK, STEP_LORA_LAYERS), ""
     if hub_weights(start, here):
         unsure.append(f"{start} is on the hub: it is taken to be a LoRA of rank {recipe.student.rank}, student.rank")
         return lora_size(recipe, denoiser), ""
@@ -107,7 +123,7 @@ def _resident(parts: Parts, frozen: torch.dtype, unsure: list[str]) -> dict[str,
     train, held = parts.recipe.train, parts.base.component_sizes()
     held = {name: size for name, size in held.items() if name not in NOT_IN_TRAINING}
     if train.text_encoders == "released":
-        gone = ("text_encoder",) if parts.recipe.objective.states == "data" else ("text_encoder", "vae")
+        gone = (TEXT_ENCODER,) if parts.recipe.objective.states == "data" else (TEXT_ENCODER, "vae")
         held = {name: size for name, size in held.items() if not name.startswith(gone)}
     bits, components = quantized_bits(parts.recipe.student.quantization, parts.base.denoiser)
     if bits is None:
@@ -122,6 +138,24 @@ def _resident(parts: Parts, frozen: torch.dtype, unsure: list[str]) -> dict[str,
     if bits:
         unsure.append(f"all linear layers are taken to be quantized, at {bits:g} bits a weight")
     return found
+
+
+def _encoding(parts: Parts, frozen: torch.dtype) -> int:
+    """Bytes of the text encoders that are released before the first update; they are loaded before the denoiser is."""
+    if parts.recipe.train.text_encoders != "released":
+        return 0
+    sizes = parts.base.component_sizes()
+    return frozen.itemsize * sum(size for name, size in sizes.items() if name.startswith(TEXT_ENCODER))
+
+
+def _evaluating(parts: Parts) -> int:
+    """Bytes of what is scored afterwards: base, student and the teachers that have a denoiser of their own."""
+    evaluate, base = parts.recipe.evaluate, parts.base
+    width, denoiser = (BYTES if evaluate.dtype == "float32" else 2), num_stored(base.meta_denoiser)
+    own = [denoiser for card in parts.cards if evaluate.teachers and _has_own(parts, card)]
+    teachers = max(own, default=0) if parts.recipe.train.offload_teachers else sum(own)
+    apart = denoiser if evaluate.teachers and evaluate.dtype == "float32" else 0  # the student's, its LoRA folded in
+    return width * (sum(base.component_sizes().values()) + teachers + apart)
 
 
 def quantized_bits(quantization: str | Mapping[str, Any], denoiser: str) -> tuple[float | None, tuple[str, ...]]:

@@ -152,6 +152,9 @@ def render(plan: Plan) -> RenderableType:
     for name, size in plan.memory.items():
         memory.add_row(name, readable(size))
     memory.add_row("sum", readable(sum(plan.memory.values())), style="bold")
+    if plan.held.encoding:
+        memory.add_row("before: encoders, until prompts are stored", readable(plan.held.encoding))
+    memory.add_row(f"after: evaluation in {plan.recipe.evaluate.dtype}", readable(plan.held.evaluating))
     title = f"Plan of {plan.recipe.name} ({plan.recipe.path})"
     heading = f"Memory while training, frozen weights in {plan.recipe.train.frozen_dtype}"
     heading += "" if "graph of one state" in plan.memory else ", without activations"

@@ -1,3 +1,4 @@
+import copy
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -7,10 +8,11 @@ import torch
 from rich.console import Console
 from run_helpers import prepared, recipe_with
 
-from diffopd.blueprint import num_values
+from diffopd.blueprint import add_lora_on_meta, num_values, read_blueprint
 from diffopd.data import PromptRow
 from diffopd.distill import one_update
 from diffopd.errors import UserError
+from diffopd.footprint import STEP_LORA_LAYERS, STEP_LORA_RANK
 from diffopd.load import load_pipeline
 from diffopd.plan import _held_out, make_plan, process_facts, readable, render
 from diffopd.preflight import check
@@ -189,8 +191,35 @@ def test_a_lora_to_start_from_is_counted_at_its_own_rank(tiny_recipe, tiny_sd, t
     assert told.memory["graph of one state"] > fresh.memory["graph of one state"]
     assert f"LoRA that starts as {file}, rank 16" in " ".join(shown(told).split())
     hub = plan(tiny_recipe, "student.init_weights=owner/adapter")
-    assert hub.num_trained == fresh.num_trained
-    assert "owner/adapter is on the hub: it is taken to be a LoRA of rank 2" in shown(hub)
+    assert hub.num_trained > 32 * fresh.num_trained  # more layers, too
+    assert "owner/adapter is on the hub: it is taken to be a few-step LoRA of the usual rank 64" in shown(hub)
+
+
+@pytest.mark.parametrize(
+    ("base", "megabytes"),
+    [("stable-diffusion-v1-5/stable-diffusion-v1-5", 135), ("stabilityai/stable-diffusion-xl-base-1.0", 394)],
+)
+def test_a_few_step_lora_is_taken_to_be_as_large_as_published_ones(base, megabytes):
+    """The sizes of latent-consistency's files on the hub, in float16."""
+    denoiser = copy.deepcopy(read_blueprint(base, shipped=True).meta_denoiser)
+    assert round(2 * add_lora_on_meta(denoiser, STEP_LORA_RANK, STEP_LORA_LAYERS) / 1e6) == megabytes
+
+
+def test_what_is_loaded_before_and_after_training_is_told(tiny_recipe, tiny_pipeline):
+    sizes = {name: stored(part) for name, part in tiny_pipeline.components.items() if isinstance(part, torch.nn.Module)}
+    resident, released = (plan(tiny_recipe, f"train.text_encoders={said}").held for said in ("resident", "released"))
+    assert resident.encoding == 0 and released.encoding == 4 * sizes["text_encoder"]
+    assert "until prompts are stored" in shown(plan(tiny_recipe, "train.text_encoders=released"))
+    assert resident.evaluating == 4 * (sum(sizes.values()) + sizes["unet"])  # the student's is beside the base's
+    alone = plan(tiny_recipe, "evaluate.teachers=false").held
+    assert alone.evaluating == 4 * sum(sizes.values())
+    fused = plan(tiny_recipe, "train.fuse_teachers=true").held
+    assert fused.evaluating == resident.evaluating + len(read_recipe(tiny_recipe).teachers) * 4 * sizes["unet"]
+    assert plan(tiny_recipe, "evaluate.dtype=bf16").held.evaluating == 2 * sum(sizes.values())
+
+
+def stored(module):
+    return sum(tensor.numel() for tensor in module.state_dict().values())
 
 
 def test_the_plan_reads_as_text(tiny_recipe):
