@@ -44,8 +44,16 @@ def encode_images(pipeline: Any, images: list[Image.Image]) -> Tensor:
 
 def as_states(pipeline: Any, latents: Tensor) -> Tensor:
     """Latents in the form that a pipeline's scheduler sees: FLUX.2 packs what it is given."""
-    is_packed_inside = type(pipeline).__name__ in ("Flux2Pipeline", "Flux2KleinPipeline")
-    return pipeline._pack_latents(latents) if is_packed_inside else latents
+    return pipeline._pack_latents(latents) if _packs(pipeline) else latents
+
+
+def as_latents(pipeline: Any, states: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The inverse of `as_states`; shape: of one picture's `latents` argument (`Survey.latents_shape`)."""
+    return states.transpose(1, 2).reshape(len(states), *shape) if _packs(pipeline) else states
+
+
+def _packs(pipeline: Any) -> bool:
+    return type(pipeline).__name__ in ("Flux2Pipeline", "Flux2KleinPipeline")
 
 
 def can_encode(pipeline_class: str, autoencoder_class: str) -> bool:

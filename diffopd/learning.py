@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from diffopd import estimators
-from diffopd.data_states import next_place, noised
-from diffopd.drive import Call, Visit, Walk
+from diffopd.data_states import as_latents, next_place, noised
+from diffopd.drive import Call, Survey, Visit, Walk
 from diffopd.errors import UserError
 from diffopd.prediction import LEAST_STD, Prediction, Transition
 from diffopd.sampling import Sampled
-from diffopd.schedulers import Place
 from diffopd.supervise import Manner, NonFiniteLoss, StudentWalk, Watch
 from diffopd.teach_recipe import EstimatorSettings
 
@@ -82,7 +81,7 @@ def learn(
     *,
     settings: EstimatorSettings,
     manner: Manner,
-    place: Place,
+    start: Survey,
     noise: Callable[[int], Tensor],
     backward: Backward,
     measures: Measures,
@@ -90,13 +89,16 @@ def learn(
 ) -> None:
     """Back the loss of one micro-batch at every supervised state of `manner`, divided by their number.
 
-    good (B,): advantages, for nft optimality in [0, 1], unused where pictures supervise. place: where walks begin.
+    good (B,): advantages, for nft optimality in [0, 1], unused where pictures supervise. start: where walks begin.
     noise(i) -> (B, ...): what noises the pictures to state i (estimators on the forward process).
 
     Raises NonFiniteLoss at the first state whose loss is not finite, before its backward.
     """
     watch, policy = watch or Watch(), bool(batch.taken)
-    latents = batch.initial if policy else noised(batch.denoised, noise(0), place)
+    latents = batch.initial
+    if not policy:
+        states = noised(batch.denoised, noise(0), start.place)
+        latents = as_latents(sides.student.pipeline, states, start.latents_shape)
     indices = with_noise(batch, manner.indices) if policy else manner.indices
     prompts = [row.prompt for row in batch.rows]
     with ExitStack() as stack:

@@ -16,7 +16,7 @@ from torch import Tensor
 from diffopd import noise
 from diffopd.adapters import autocast_forward, fused_forward
 from diffopd.checkpoint import Trained, averaged, load_checkpoint
-from diffopd.data_states import encode_images, encode_pictures
+from diffopd.data_states import as_states, encode_images, encode_pictures
 from diffopd.distill import INITIAL, learning_rate_factor, manner_of
 from diffopd.drive import denoiser_of
 from diffopd.errors import UserError
@@ -158,8 +158,7 @@ def given_pictures(run: TeachRun, update: int, mine: list[int], watch: Watch) ->
     if latents.shape[1:] != run.walk.shape:
         raise UserError(
             f"Training pictures become latents of shape {tuple(latents.shape[1:])}, but this pipeline walks on "
-            f"{run.walk.shape}. Give pictures of the size that it draws; pipelines that pack latents before their "
-            "scheduler cannot be taught from pictures."
+            f"{run.walk.shape}. Give pictures of the size that it draws."
         )
     return Sampled(rows, mine, latents, latents)
 
@@ -168,12 +167,12 @@ def encoded(run: TeachRun, update: int, numbers: list[int]) -> Tensor:
     """Latents (B, ...) of one batch of training pictures."""
     rows = [run.row(update, number) for number in numbers]
     if run.pictures is None:
-        return encode_pictures(run.student.pipeline, rows)
+        return as_states(run.student.pipeline, encode_pictures(run.student.pipeline, rows))
     seeds = [noise.hash_of(run.recipe.seed, update, number) for number in numbers]
     images = run.pictures([row.prompt for row in rows], [row.metadata for row in rows], seeds)
     if len(images) != len(rows):
         raise UserError(f"pictures = {run.recipe.pictures!r} gave {len(images)} pictures for {len(rows)} rows.")
-    return encode_images(run.student.pipeline, images)
+    return as_states(run.student.pipeline, encode_images(run.student.pipeline, images))
 
 
 def optimizer_step(
@@ -212,7 +211,7 @@ def learn_part(
             good.to(run.device),
             settings=run.recipe.estimator,
             manner=manner_of(run.recipe, run.walk.num_visits, update, step, among=among),
-            place=run.walk.place,
+            start=run.walk,
             noise=lambda index: run.noise(update, LEARN - index, part.numbers),
             backward=lambda loss: (loss.sum() / count).backward(),
             measures=measures,

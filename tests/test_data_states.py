@@ -7,7 +7,7 @@ from families import FAMILIES
 from family_cast import PROMPTS, cast_of
 from PIL import Image
 
-from diffopd.data_states import as_states, can_encode, encode_images
+from diffopd.data_states import as_latents, as_states, can_encode, encode_images
 from diffopd.drive import decode
 from diffopd.errors import UserError
 
@@ -39,6 +39,7 @@ def test_encoded_pictures_are_states_of_the_walk_and_decode_to_themselves(name):
         states = as_states(cast.pipeline, latents)
         shown = np.stack([np.asarray(image) / 255 for image in decode(cast.call(), states)])
         wanted = rebuilt(cast.pipeline, images)
+    assert torch.equal(as_latents(cast.pipeline, states, cast.survey.latents_shape), latents)
     assert latents.shape[1:] == cast.survey.latents_shape and states.shape == shape
     assert np.abs(shown - wanted).max() < 0.01 < wanted.std()
 

@@ -6,8 +6,10 @@ import cast
 import pytest
 import torch
 from cast import cast_for, draws, scheduler_named
+from families import FAMILIES
+from family_cast import PROMPTS, cast_of, seeded
 
-from diffopd import estimators
+from diffopd import estimators, learning
 from diffopd.data import PromptRow
 from diffopd.drive import Call, survey
 from diffopd.learning import Measures, Sides, learn
@@ -52,7 +54,7 @@ class World:
         self.sides = Sides(student, other if estimator == "nft" else None, None if estimator == "supervised" else base)
         self.manner = Manner(None, range(STEPS), **manner)
         self.settings = EstimatorSettings(name=estimator, kl_weight=0.3, **({"clip_range": 0.9} if policy else {}))
-        self.place = survey(student).place
+        self.start = survey(student)
         rows = [PromptRow("a dot")] * BATCH
         options = {"latents": drawn(0), "noise": lambda index: drawn(index + 1)}
         self.batch, self.images = sample(
@@ -68,7 +70,7 @@ class World:
             total.append(float(loss.detach().double().sum()))
             loss.sum().backward()
 
-        options = {"settings": self.settings, "manner": self.manner, "place": self.place, "measures": measures}
+        options = {"settings": self.settings, "manner": self.manner, "start": self.start, "measures": measures}
         given = self.batch if batch is None else batch, self.good if good is None else good
         learn(self.sides, *given, noise=lambda index: draws(BATCH, 200 + index), backward=backward, **options)
         return sum(total), measures
@@ -137,6 +139,43 @@ def test_gradients_on_noised_pictures_are_the_slope_of_their_loss(scheduler, est
 
     monkeypatch.setattr(estimators, "_normalised_error", plain)
     check_slope(World(scheduler, estimator, {}), 2e-3)
+
+
+@pytest.mark.parametrize("estimator", ["nft", "supervised"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_learns_from_noised_pictures_at_those_very_states(family, estimator, monkeypatch):
+    """Also where the pipeline packs the latents that it is given, or scales them."""
+    cast = cast_of(family)
+    student, old = cast.call(), cast.held()
+    start, seen = cast.survey, []
+    rows = [PromptRow(prompt) for prompt in PROMPTS]
+    drawn = lambda index: torch.randn(len(PROMPTS), *start.shape, generator=seeded(index))  # noqa: E731
+    batch, _ = sample(student, rows, [0, 1], latents=cast.latents(), noise=drawn)
+    monkeypatch.setattr(learning, "_forward_loss", noting(seen, learning._forward_loss))
+    learn(
+        Sides(student, old if estimator == "nft" else None),
+        batch,
+        torch.tensor([0.9, 0.2]),
+        settings=EstimatorSettings(name=estimator),
+        manner=Manner(None, range(start.num_visits)),
+        start=start,
+        noise=drawn,
+        backward=lambda loss: loss.sum().backward(),
+        measures=Measures(),
+    )
+    assert float(cast.gradient().abs().max()) > 0
+    assert len(seen) == start.num_visits
+    for index, said in enumerate(seen):
+        level = said.path.interpolate(batch.denoised, drawn(index), said.sigma)
+        torch.testing.assert_close(said.sample, level, atol=1e-4, rtol=1e-4)
+
+
+def noting(seen, loss):
+    def forward_loss(here, *args):
+        seen.append(here.prediction)
+        return loss(here, *args)
+
+    return forward_loss
 
 
 @pytest.mark.parametrize(("scheduler", "said"), [("ddim", "noise"), ("euler", "noise"), ("flow euler", "velocity")])
