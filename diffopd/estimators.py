@@ -82,13 +82,14 @@ def velocity_distance(said: Prediction, base: Prediction) -> Tensor:
     return mean_square(said.velocity - base.velocity.detach())
 
 
-def kl_to_base(said: Transition, base: Transition) -> Tensor:
-    """Exact KL of the step to the base's per dimension: |mean - mean_base|^2 / (2 std^2); (B,).
+def kl_to_base(said: Transition, base: Transition, *, log_prob: str = "mean", dt: float = 1.0) -> Tensor:
+    """KL of the step to the base's, |mean - mean_base|^2 / (2 std^2), times |dt|; (B,).
 
-    The released Flow-GRPO divides by the square of its diffusion coefficient, which is std / sqrt|dt|: its KL is ours
-    times |dt|. Raises ValueError for a step without noise.
+    log_prob: as in `grpo`, so that the KL is over the same dimensions as the ratio that it stands beside. With dt = 1
+    it is the exact KL; with the step's own dt it is that of the released Flow-GRPO, which divides by the square of its
+    diffusion coefficient, std / sqrt|dt|. Raises ValueError for a step without noise.
     """
-    return said.kl(Transition(base.mean.detach(), base.std)) / said.mean[0].numel()
+    return said.kl(Transition(base.mean.detach(), base.std)) * abs(dt) / _dimensions(said.mean, log_prob)
 
 
 @dataclass(frozen=True)
@@ -130,19 +131,23 @@ def grpo_guard(
     would not do: it vanishes near sigma = 1, where the first step would count ten times the others.) log_prob as in
     `grpo`; the correction is taken over the same dimensions. Raises ValueError for a step without noise.
     """
-    size = said.mean[0].numel() if log_prob == "mean" else 1
+    size = _dimensions(said.mean, log_prob)
     bias = (said.mean - old.mean.detach()).square().flatten(1).sum(1) / (2 * said.std**2 * size)
     plain = _clipped((_log_ratio(said, old, sample, log_prob) + bias) * said.std, advantage, clip)
     return PolicyLoss(plain.loss / abs(stride), plain.ratio, plain.clipped)
 
 
 def _log_ratio(said: Transition, old: Transition, sample: Tensor, log_prob: str) -> Tensor:
-    if log_prob not in ("mean", "sum"):
-        raise ValueError(f'log_prob = {log_prob!r} is not allowed. Give "mean" or "sum".')
-    size = sample[0].numel() if log_prob == "mean" else 1
     with torch.no_grad():
         before = old.log_prob(sample)
-    return (said.log_prob(sample) - before) / size
+    return (said.log_prob(sample) - before) / _dimensions(sample, log_prob)
+
+
+def _dimensions(of: Tensor, log_prob: str) -> int:
+    """What densities are divided by: the dimensions of a row for "mean", 1 for "sum"."""
+    if log_prob not in ("mean", "sum"):
+        raise ValueError(f'log_prob = {log_prob!r} is not allowed. Give "mean" or "sum".')
+    return of[0].numel() if log_prob == "mean" else 1
 
 
 def _clipped(log_ratio: Tensor, advantage: Tensor, clip: float) -> PolicyLoss:

@@ -198,7 +198,8 @@ def _policy_loss(
     measures.add("clipped", torch.full((len(good),), found.clipped))
     loss = found.loss
     for visit in visits[1:]:
-        distance = estimators.kl_to_base(said, _of_base(visit, walked))
+        dt = taken.step.dt if settings.kl == "released" else 1.0
+        distance = estimators.kl_to_base(said, _of_base(visit, walked), log_prob=settings.log_prob, dt=dt)
         measures.add("from_base", distance)
         loss = loss + settings.reference_weight * distance
     return loss

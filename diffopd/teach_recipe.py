@@ -19,8 +19,8 @@ WITH_REWARD = {"name", "advantage_clip", "advantage_std", "kl_weight"}
 OF_ESTIMATOR = {
     "supervised": {"name"},
     "nft": WITH_REWARD | {"beta", "old_decay_rate", "old_decay_max"},
-    "grpo": WITH_REWARD | {"clip_range", "log_prob"},
-    "grpo_guard": WITH_REWARD | {"clip_range", "log_prob"},
+    "grpo": WITH_REWARD | {"clip_range", "log_prob", "kl"},
+    "grpo_guard": WITH_REWARD | {"clip_range", "log_prob", "kl"},
 }
 KL_WEIGHT = {"supervised": 0.0, "nft": 1e-4, "grpo": 0.04, "grpo_guard": 0.04}  # as released
 POLICY_GRADIENT = ("grpo", "grpo_guard")
@@ -56,7 +56,8 @@ SHARED = {
 class EstimatorSettings(Settings):
     """How rewards, or pictures, become a loss; which keys belong to which name is in OF_ESTIMATOR.
 
-    kl_weight None is the released one: 1e-4 |v - v_base|^2 for nft, .04 KL for grpo and grpo_guard.
+    kl_weight None is the released one: 1e-4 |v - v_base|^2 for nft, .04 KL for grpo and grpo_guard. kl: that of the
+    step, as in the paper, or the released code's, which is it times |dt| (`estimators.kl_to_base`).
     """
 
     name: Literal["supervised", "nft", "grpo", "grpo_guard"]
@@ -66,6 +67,7 @@ class EstimatorSettings(Settings):
     clip_range: Annotated[float, Field(gt=0, lt=1)] = 1e-4
     log_prob: Literal["mean", "sum"] = "mean"
     kl_weight: PositiveOrZero | None = None
+    kl: Literal["exact", "released"] = "exact"
     advantage_clip: Positive = 5.0
     advantage_std: Literal["prompt", "batch"] = "prompt"
 

@@ -211,6 +211,35 @@ def test_the_kl_to_the_base_is_that_of_two_gaussians_per_dimension():
         torch.distributions.Normal(said.mean, said.std), torch.distributions.Normal(base.mean, base.std)
     )
     torch.testing.assert_close(kl_to_base(said, base), exact.flatten(1).mean(1))
+    torch.testing.assert_close(kl_to_base(said, base, log_prob="sum"), exact.flatten(1).sum(1))
+    with pytest.raises(ValueError, match="log_prob"):
+        kl_to_base(said, base, log_prob="median")
+
+
+@pytest.mark.parametrize("log_prob", ["mean", "sum"])
+def test_the_kl_keeps_its_share_of_the_gradient_whatever_densities_are_divided_by(log_prob):
+    """Both terms are over the same dimensions, so their ratio is that of the paper's."""
+    step, base = step_of(drawn(14)), step_of(drawn(15))
+    sample, advantage = step.draw(drawn(16)), torch.ones(3)
+
+    def slope(of):
+        mean = step.mean.clone().requires_grad_(True)
+        of(Transition(mean, step.std)).sum().backward()
+        return mean.grad.norm()
+
+    policy = slope(lambda said: grpo(said, step, sample, advantage, clip=0.9, log_prob=log_prob).loss)
+    away = slope(lambda said: kl_to_base(said, base, log_prob=log_prob))
+    whole = slope(lambda said: grpo(said, step, sample, advantage, clip=0.9, log_prob="sum").loss)
+    exact = slope(lambda said: kl_to_base(said, base, log_prob="sum"))
+    assert float(away / policy) == pytest.approx(float(exact / whole), rel=1e-4)
+
+
+def test_the_released_kl_is_divided_by_the_diffusion_coefficient_of_the_step():
+    """Flow-GRPO's train_sd3.py: |mean - mean_base|^2 / (2 g^2), where the step's std is g sqrt|dt|."""
+    said, base, dt = step_of(drawn(14)), step_of(drawn(15)), -0.07
+    g = said.std / math.sqrt(-dt)
+    released = ((said.mean - base.mean) ** 2).flatten(1).mean(1) / (2 * g**2)
+    torch.testing.assert_close(kl_to_base(said, base, dt=dt), released)
 
 
 def test_a_step_without_noise_has_no_ratio():
