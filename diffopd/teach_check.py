@@ -158,7 +158,12 @@ def _facts(found: TeachParts, processes: int) -> list[tuple[str, str]]:
         ),
         ("evaluations", f"{calls:g} a picture and side"),
         ("prompts", f"{len(found.rows)} to train on" + ORDER[sampling.prompt_files]),
-        ("watched", ", ".join(["reward", *recipe.watch, "drift", "diversity"]) if train.validate_every else "nothing"),
+        (
+            "watched",
+            ", ".join(["reward", *(card.name for card in watched_cards(recipe)), "drift", "diversity"])
+            if train.validate_every
+            else "nothing",
+        ),
         ("ends after", " or ".join(ends)),
         ("memory", f"{readable(sum(plan.memory.values()))} in float32, without the old policy and rewards"),
         *process_facts(processes),
