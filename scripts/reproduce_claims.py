@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -25,16 +25,19 @@ from reproduce_runs import (
     teach,
     updates_of,
 )
-from reproduce_scores import DEPLOYED, NATIVE, TASKS, Scorer, drawn_by_teachers, mean_of
+from reproduce_scores import DEPLOYED, NATIVE, TASKS, Scorer, Scores, apart, drawn_by_teachers, mean_of
 from reproduce_tuning import fewer_steps, fine_tuning
 
 from diffopd.recipe import read_recipe
+from diffopd.teach_recipe import read_teach_recipe
 
 SHOWN = 10  # pictures of a row
 BLOCK = 10  # updates of a point of a reward's curve
 # What the shipped teachers took to make, on one core (docs/world.md).
 TEACHER_SECONDS = {"composition": 600.0, "text": 420.0, "style": 2520.0}
 CASCADE = ("composition", "text", "style")
+CARDS = (20, 2.0)  # steps and guidance of the three teachers' cards
+OTHERS = 50  # held-out prompts of a task that was not taught
 ETA = "student.noise_level=0.7"
 AS_DEPLOYED = ["student.num_inference_steps=4", "student.guidance_scale=1.0"]
 Runs = dict[str, dict[int, list[Path]]]  # method -> seed -> its runs, one after the other
@@ -49,26 +52,32 @@ def methods(setup: Setup, scorer: Scorer) -> Page | None:
         name: {s: _total(held) + extra.get((name, s), Cost()) for s, held in by.items()} for name, by in runs.items()
     }
     least = min(cost.calls for by in totals.values() for cost in by.values())
-    rows, equal = [], []
+    rows, equal, first = [], [], None
     for name, by_seed in runs.items():
-        scores = [mean_of(scorer.adapter(last_adapter(held[-1]))) for held in by_seed.values()]
+        found = [scorer.adapter(last_adapter(held[-1])) for held in by_seed.values()]
+        first = first or found
         own = [totals[name][seed] for seed in by_seed]
-        rows.append([name, *_score_cells(scores), *_cost_cells(own), *_with_teachers(name, own)])
+        less = "-" if found is first else apart(found, first, scorer.tasks)
+        rows.append([name, *_score_cells(map(mean_of, found)), less, *_cost_cells(own), *_with_teachers(name, own)])
         equal.append(_at_equal_calls(name, by_seed, least, extra, scorer))
-    rows += [
-        [label, *_score_cells([mean_of(scorer.reference(model, at))]), "-", "-", "-", "-", "-"]
-        for label, model, at in _references()
-    ]
+    for label, model, at in _references():
+        found = scorer.reference(model, at)
+        less = apart([found] * len(first), first, scorer.tasks)
+        needs = sum(TEACHER_SECONDS.values()) if model == "average" else 0
+        made = [round(max(TEACHER_SECONDS.values())), round(needs)] if needs else ["-", "-"]
+        rows.append([label, *_score_cells([mean_of(found)]), less, "-", "-", "-", *made])
     held_out = f"{setup.held_out} held-out prompts a task, 4 steps without guidance unless said otherwise"
     head = ["method", *TASKS, "average"]
     costs_of = [*COST_HEAD, "seconds with teachers made in parallel", "one after another"]
+    drawn = "what drawing the teachers' pictures took is in the seconds and calls of SFT and off-policy distillation"
+    least_of = f"At most {least:,} network calls of training, those of the teachers' pictures included"
     tables = [
-        Table(f"Equal seconds of training. {held_out}.", [*head, *costs_of], rows),
-        Table(
-            f"At most {least:,} network calls of training, the last checkpoint within.", [*head, "network calls"], equal
-        ),
+        Table(f"{setup.seconds:g} s of training each; {drawn}. {held_out}.", [*head, LESS, *costs_of], rows),
+        Table(f"{least_of}; the last checkpoint within.", [*head, "network calls"], equal),
     ]
-    return Page("1-methods", "One model from several tasks", texts.METHODS, tables, [], _data(rows))
+    text = texts.METHODS + texts.ranges(setup.held_out)
+    trained = [folder for by_seed in runs.values() for held in by_seed.values() for folder in held]
+    return Page("1-methods", "One model from several tasks", text, tables, [], _data(rows), trained)
 
 
 def method_runs(setup: Setup, scorer: Scorer) -> tuple[Runs, dict[tuple[str, int], Cost]]:
@@ -119,7 +128,7 @@ def _references() -> list[tuple[str, str, tuple[int, float]]]:
         ("weight average of the teachers", "average", DEPLOYED),
         ("weight average, guidance 2", "average", (4, 2.0)),
     ]
-    found += [(f"{task} teacher, its own 20 steps, guidance 2", f"teacher:{task}", (20, 2.0)) for task in TASKS]
+    found += [(f"{task} teacher, its own 20 steps, guidance 2", f"teacher:{task}", CARDS) for task in TASKS]
     found += [(f"{task} teacher", f"teacher:{task}", DEPLOYED) for task in TASKS]
     return [*found, ("base", "base", DEPLOYED), ("base, 20 steps, guidance 4", "base", (20, 4.0))]
 
@@ -131,7 +140,8 @@ def _total(held: Sequence[Path]) -> Cost:
     return whole
 
 
-def _score_cells(scores: Sequence[dict[str, float]]) -> list[str]:
+def _score_cells(scores: Iterable[dict[str, float]]) -> list[str]:
+    scores = list(scores)
     return [spread([one[key] for one in scores]) for key in (*TASKS, "average")]
 
 
@@ -243,15 +253,21 @@ def choices(setup: Setup, scorer: Scorer) -> Page | None:
     runs = {name: [held[name, seed] for seed in setup.seeds] for name in changed}
     if setup.listing:
         return None
-    tables = [walks(setup, scorer)]
+    tables, recipe = [walks(setup, scorer)], _scores_of(scorer, runs["all 4"])
     for title, group in CHOICES.items():
         rows = []
         for name in group:
-            walk = (group[name][0].split('"')[1], 0.0) if title == SOLVER else NATIVE
-            scores = [mean_of(scorer.adapter(last_adapter(folder), DEPLOYED, walk)) for folder in runs[name]]
-            rows.append([name, *_score_cells(scores), *_cost_cells([costs(folder)[-1] for folder in runs[name]])])
+            found = _scores_of(scorer, runs[name], (group[name][0].split('"')[1], 0.0) if title == SOLVER else NATIVE)
+            less = apart(found, recipe, scorer.tasks) if group[name] else "-"
+            own = _cost_cells([costs(folder)[-1] for folder in runs[name]])
+            rows.append([name, *_score_cells(map(mean_of, found)), less, *own])
         tables.append(Table(f"{title}.", CHOICE_HEAD, rows))
-    return Page("3-choices", "Noise, solvers, states and weighting", texts.CHOICES, tables, [], _data(tables[0].rows))
+    text, rows = texts.CHOICES + texts.ranges(setup.held_out), [_data(table.rows) for table in tables]
+    return Page("3-choices", "Noise, solvers, states and weighting", text, tables, [], rows, list(held.values()))
+
+
+def _scores_of(scorer: Scorer, folders: Sequence[Path], walk: tuple[str, float] = NATIVE) -> list[Scores]:
+    return [scorer.adapter(last_adapter(folder), DEPLOYED, walk) for folder in folders]
 
 
 def _folder(name: str) -> str:
@@ -293,14 +309,21 @@ def reward_teachers(setup: Setup, scorer: Scorer) -> Page | None:
         runs.setdefault((task, name), []).append(folder)
     rows, curves = [], {}
     for (task, name), held in runs.items():
-        scores = [mean_of(scorer.adapter(last_adapter(folder), (20, 2.0), tasks=[task]))[task] for folder in held]
+        scores = [mean_of(scorer.adapter(last_adapter(folder), CARDS, tasks=[task]))[task] for folder in held]
+        other = _of_others(scorer, last_adapter(held[0]), task)
         own = [costs(folder)[-1] for folder in held]
         seen = round(sum(cost.images for cost in own) / len(own))
-        rows.append([task, name, len(held), spread(scores), seen, *_cost_cells(own)])
+        steps = read_teach_recipe(f"{task}/{REWARD_WAYS[name][0]}").sampling.optimizer_steps
+        rows.append([task, name, len(held), spread(scores), *other, seen, steps, *_cost_cells(own)])
         curves.setdefault(task, {})[name] = _reward_curve([updates_of(folder) for folder in held])
-    head = ["task", "by", "trainings", "held out, 20 steps, guidance 2", "images seen", *COST_HEAD]
+    for task in TASKS:
+        score = mean_of(scorer.reference("base", CARDS, tasks=[task]))[task]
+        rows.append([task, "the base", "-", spread([score]), *_of_others(scorer, None, task), "-", "-", "-", "-", "-"])
+    others = [f"of the first training: {task}, {OTHERS} prompts" for task in TASKS]
+    head = ["task", "by", "trainings", "held out, 20 steps, guidance 2", *others, "images seen"]
+    head += ["optimizer steps an update", *COST_HEAD]
     drawn = {
-        f"{task}: {name}": scorer.drawn(file, (20, 2.0), task, min(SHOWN, setup.held_out))
+        f"{task}: {name}": scorer.drawn(file, CARDS, task, min(SHOWN, setup.held_out))
         for task in TASKS
         for name, file in {"base": None, **{n: last_adapter(h[0]) for (t, n), h in runs.items() if t == task}}.items()
     }
@@ -312,7 +335,17 @@ def reward_teachers(setup: Setup, scorer: Scorer) -> Page | None:
     asked = "The first held-out prompts, drawn by the base and the first training of each kind, from the same noise."
     plots.append(Plot("drawn", asked, sheet(drawn), size=(9.0, 8.8)))
     table = Table("Goal: .90 on two of three tasks.", head, rows)
-    return Page("5-rewards", "Teachers from their reward alone", texts.REWARDS, [table], plots, {"curves": curves})
+    text = texts.REWARDS + texts.ranges(setup.held_out)
+    return Page(
+        "5-rewards", "Teachers from their reward alone", text, [table], plots, {"curves": curves}, list(done.values())
+    )
+
+
+def _of_others(scorer: Scorer, file: Path | None, task: str) -> list[str]:
+    """The score on each task that was not taught, "-" for the taught one; file None: the base's."""
+    others, few = [other for other in TASKS if other != task], scorer.few(OTHERS)
+    found = few.adapter(file, CARDS, tasks=others) if file else few.reference("base", CARDS, tasks=others)
+    return [spread([mean_of(found)[other]]) if other in others else "-" for other in TASKS]
 
 
 def _reward_curve(trainings: Sequence[list[dict[str, Any]]]) -> list[tuple[float, float]]:
@@ -370,8 +403,9 @@ CHOICES: dict[str, dict[str, list[str]]] = {
         "denoised": ['objective.name="denoised"'],
     },
 }
+LESS = "average, less DiffusionOPD's"
 COST_HEAD = ["updates", "seconds", "network calls"]
-CHOICE_HEAD = ["choice", *TASKS, "average", *COST_HEAD]
+CHOICE_HEAD = ["choice", *TASKS, "average", "average, less the recipe's", *COST_HEAD]
 # By name: the file, its changed settings, and whether every seed is trained or the first alone.
 REWARD_WAYS: dict[str, tuple[str, list[str], bool]] = {
     "NFT": ("nft.toml", [], True),

@@ -18,7 +18,7 @@ import torch
 
 from diffopd import __version__
 from diffopd.errors import UserError
-from diffopd.run_folder import atomic_write
+from diffopd.run_folder import RunFolder, atomic_write
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "numpy")
 COLORS = ("#3366cc", "#dc3912", "#ff9900", "#109618", "#990099", "#0099c6", "#dd4477", "#66aa00")
@@ -50,7 +50,7 @@ class Plot:
 
 @dataclass
 class Page:
-    """What one claim's measurement says."""
+    """What one claim's measurement says. runs: the folders of the trainings that it is about."""
 
     name: str
     title: str
@@ -58,6 +58,7 @@ class Page:
     tables: list[Table] = field(default_factory=list)
     plots: list[Plot] = field(default_factory=list)
     data: Any = None
+    runs: Sequence[Path] = ()
 
 
 def check_plotting() -> None:
@@ -97,10 +98,19 @@ def write(page: Page, folder: Path, made: dict[str, Any]) -> Path:
     parts += [table.markdown() for table in page.tables]
     versions = ", ".join(f"{name} {number}" for name, number in made["versions"].items())
     parts.append(f"Made by `{made['command']}`, seeds {made['seeds']}; {versions}; {made['machine']}.")
+    made = made | {"trainings": trained_with(page.runs)}
+    if made["trainings"]:
+        parts[-1] += f" Trained with {' and with '.join(made['trainings'])}."
     tables = [{"caption": t.caption, "header": list(t.header), "rows": [list(r) for r in t.rows]} for t in page.tables]
     stored = {"made_by": made, "tables": tables, "data": page.data}
     atomic_write(folder / f"{page.name}.json", json.dumps(stored, indent=1) + "\n")
     return atomic_write(folder / f"{page.name}.md", "\n\n".join(parts) + "\n")
+
+
+def trained_with(runs: Sequence[Path]) -> list[str]:
+    """The libraries of these runs, each set of versions once."""
+    found = [", ".join(f"{name} {number}" for name, number in RunFolder(run).versions().items()) for run in runs]
+    return sorted(set(found))
 
 
 def _draw(plot: Plot, file: Path) -> None:

@@ -7,7 +7,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,12 @@ from reproduce_runs import Cost, Setup, kept
 
 from diffopd import noise
 from diffopd.adapters import AdapterSwitch
-from diffopd.data import read_prompts
+from diffopd.data import asked_of, read_prompts
 from diffopd.drive import Call, denoiser_of, shell, survey
 from diffopd.evaluate import Contender, Task, card_results, measure, pictures, reference_contenders, tasks_of
 from diffopd.load import load_lora
 from diffopd.locate import shelf
+from diffopd.metrics import bootstrap_interval
 from diffopd.objective import get_objective
 from diffopd.recipe import Recipe, read_recipe
 from diffopd.run_folder import atomic_write
@@ -47,6 +48,7 @@ class Scorer:
 
     setup: Setup
     _loaded: list[str] = field(default_factory=list)
+    _fewer: dict[int, Scorer] = field(default_factory=dict)
 
     @cached_property
     def recipe(self) -> Recipe:
@@ -86,6 +88,13 @@ class Scorer:
         """What "base", "average" or "teacher:NAME" scores at (steps, guidance), walked by (solver, noise level)."""
         key = ["reference", model, [card.digest() for card in self.cards], at, walk, list(tasks)]
         return self._kept(key, lambda: self._scored(self._reference(model, at), walk, tasks))
+
+    def few(self, prompts: int) -> Scorer:
+        """A scorer on fewer held-out prompts."""
+        if prompts not in self._fewer:
+            told = replace(self.setup, prompts=min(prompts, self.setup.prompts))
+            self._fewer[prompts] = Scorer(told)
+        return self._fewer[prompts]
 
     def drawn(self, file: Path | None, at: tuple[int, float], task: str, count: int) -> np.ndarray:
         """A row (H, count W, 3) of the first held-out prompts, drawn by the base with this adapter, None: without."""
@@ -209,6 +218,22 @@ def mean_of(scores: Scores) -> dict[str, float]:
     """task -> mean over prompts, and "average" of them."""
     means = {task: float(np.mean(values)) for task, values in scores.items()}
     return means | {"average": sum(means.values()) / len(means)}
+
+
+def apart(ones: Sequence[Scores], others: Sequence[Scores], tasks: Sequence[Task]) -> str:
+    """Average over tasks of `ones` less `others`, paired by prompt and training, with its 95 % interval over both.
+
+    Tasks have as many prompts each, and are not drawn: each one's mean is taken out before, so that it adds no spread.
+    """
+    by_task = [
+        np.array([np.subtract(one[task.name], other[task.name]) for one, other in zip(ones, others, strict=True)])
+        for task in tasks
+    ]
+    mean = np.mean([held.mean() for held in by_task])
+    level = np.concatenate([held - held.mean() + mean for held in by_task], axis=1)
+    groups = [(task.name, asked) for task in tasks for asked in asked_of(task.rows)]
+    low, high = bootstrap_interval(level, groups=groups)
+    return f"{mean:+.3f} ({low:+.3f} to {high:+.3f})"
 
 
 def quiet() -> None:

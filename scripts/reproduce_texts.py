@@ -1,5 +1,7 @@
 """What each page of results says before its tables."""
 
+import math
+
 METHODS = """\
 DiffusionOPD (arXiv:2605.15055) says that distilling several teachers along the student's own trajectory beats joint
 and cascade reinforcement learning, averaging the teachers' weights, supervised training on their samples and
@@ -8,6 +10,14 @@ same adapter, the same seconds of training on one core, a constant learning rate
 guidance. Distillation, off-policy too, begins at the teachers' average, "from the base" at the base; reinforcement
 learning and SFT begin at the base. Network calls are rows of the denoiser, forward, of all sides (a backward is not
 counted).
+
+What is against reinforcement learning here: the seconds are a small part of what it needs (`5-rewards.md`); text is
+scored right or wrong, not by the share of right letters that teaches the text teacher; each task of the cascade begins
+its learning rate's five updates of warm-up again. NFT makes two optimizer steps an update, GRPO-Guard one.
+"""
+RANGES = """
+In parentheses after a score: the lowest and the highest seed. Beyond that {prompts} prompts leave {half:.2f} either way
+at a score of .5 and {top:.2f} at .95. After a difference, paired by prompt: 95 %, over what is asked and seeds.
 """
 GRADIENT = """\
 DiffusionOPD (arXiv:2605.15055) minimises the KL of each step in closed form. Policy gradients see the same KL through
@@ -32,7 +42,10 @@ Nothing is trained here.
 REWARDS = """\
 From the base, by the world's scorer alone (text by the share of right letters): DiffusionNFT (2509.16117), Flow-GRPO
 (2505.05470), GRPO-Guard (2510.22319), with the settings of `teachers/*/nft.toml` and `grpo.toml`. Sampled without
-guidance in 8 steps; scored as the card deploys the teacher.
+guidance in 8 steps; scored as the card deploys the teacher. GRPO and GRPO-Guard learn from an update's pictures in one
+optimizer step, so their ratio is 1 and neither clip nor bias correction acts: the two differ in how much each step of
+the walk counts. NFT makes two optimizer steps of an update at the same rate, and keeps no distance to the base. No rate
+was swept.
 """
 TUNING = """\
 D-OPSD (arXiv:2605.05204) says that a step-distilled model learns new pictures on its own walk, taught by itself with
@@ -62,3 +75,9 @@ SETS = {
     "word": "30 pictures in a manner that it knows, under a new word. The teacher is told the known word (no picture).",
     "object": "20 pictures of an octopus, alone and beside things. Its IP-Adapter draws no octopus but a blob.",
 }
+
+
+def ranges(prompts: int) -> str:
+    """What the parentheses of a page with `prompts` held-out prompts a task are."""
+    half, top = (1.96 * math.sqrt(score * (1 - score) / prompts) for score in (0.5, 0.95))
+    return RANGES.format(prompts=prompts, half=half, top=top)

@@ -1,6 +1,7 @@
 """scripts/reproduce*.py: the estimators are what they say, every command is a valid one, pages hold their numbers."""
 
 import json
+import re
 import shlex
 import threading
 import tomllib
@@ -217,6 +218,19 @@ def test_a_budget_of_network_calls_picks_the_last_checkpoint_within_it(tmp_path)
     assert adapter_within(tmp_path, 40)[1].calls == 40 and adapter_within(tmp_path, 19) is None
 
 
+def test_two_methods_are_compared_prompt_by_prompt_and_training_by_training():
+    from reproduce_scores import apart
+
+    rows, rng = [PromptRow(f"prompt {number}") for number in range(100)], np.random.default_rng(0)
+    tasks = [Task("composition", rows, None), Task("text", rows, None)]
+    others = [{task.name: rng.random(100).tolist() for task in tasks} for _ in range(3)]
+    moved = {"composition": 0.3, "text": -0.1}
+    ones = [{name: np.add(by[name], moved[name] + 0.02 * rng.standard_normal(100)) for name in by} for by in others]
+    mean, low, high = (float(number) for number in re.findall(r"[+-][\d.]+", apart(ones, others, tasks)))
+    assert mean == pytest.approx(0.1, abs=0.01) and low < mean < high
+    assert high - low < 0.02, "neither the spread of the prompts nor that between the tasks is in it"
+
+
 def test_a_page_holds_its_tables_its_plot_and_what_made_it(tmp_path):
     pytest.importorskip("matplotlib")
     from reproduce_pages import Page, Plot, Table, dots, lines, made_by, sheet, spread, write
@@ -225,10 +239,14 @@ def test_a_page_holds_its_tables_its_plot_and_what_made_it(tmp_path):
     cloud = Plot("cloud", "Here and there.", dots({"a": [(0.5, 2.0)], "b": [(1.0, 1.0), (0.9, 2.0)]}, "kept", "new"))
     plot = Plot("curve", "Falls.", lines({"a": [(0, 2.0), (1, 1.0)]}, "update", "loss", log_y=True))
     rows = Plot("rows", "Drawn.", sheet({"base": np.zeros((4, 8, 3), np.uint8), "other": np.ones((4, 8, 3), np.uint8)}))
-    page = Page("9-page", "A page", "What it says.", [table], [plot, cloud, rows], {"a": 1})
+    for name, torch_version in (("one", "2.11"), ("two", "2.13"), ("three", "2.13")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "recipe.json").write_text(json.dumps({"versions": {"torch": torch_version}}))
+    runs = [tmp_path / name for name in ("one", "two", "three")]
+    page = Page("9-page", "A page", "What it says.", [table], [plot, cloud, rows], {"a": 1}, runs)
     text = write(page, tmp_path, made_by(["--claims", "9"], [0, 1], "one GPU")).read_text()
     for part in (
-        "; trained on one GPU.",
+        "; trained on one GPU. Trained with torch 2.11 and with torch 2.13.",
         "# A page",
         "| one | 0.512 |",
         "| two | 0.600 (0.500 to 0.700) |",
