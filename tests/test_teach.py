@@ -95,8 +95,8 @@ def spread(made: RunFolder) -> float:
     ("estimator", "updates", "overrides"),
     [
         ("nft", 14, ()),
-        ("grpo", 14, (*NOISY, "estimator.clip_range=0.2")),
-        ("grpo_guard", 14, (*NOISY, "estimator.clip_range=0.2")),
+        ("grpo", 10, (*NOISY, "estimator.clip_range=0.01", "sampling.optimizer_steps=2")),
+        ("grpo_guard", 10, (*NOISY, "estimator.clip_range=0.01", "sampling.optimizer_steps=2")),
     ],
 )
 def test_the_reward_rises_by_more_than_its_spread(folder, estimator, updates, overrides):
@@ -104,6 +104,8 @@ def test_the_reward_rises_by_more_than_its_spread(folder, estimator, updates, ov
     made = run(folder, *overrides)
     rewards = curve(made, "reward")
     assert sum(rewards[-3:]) / 3 - sum(rewards[:2]) / 2 > 2 * spread(made), rewards
+    if estimator != "nft":  # the second step is from weights that have moved since the sampling
+        assert max(curve(made, "clipped")) > 0 and all(ratio != 1 for ratio in curve(made, "ratio"))
 
 
 def test_a_supervised_teacher_lowers_its_loss(folder):
