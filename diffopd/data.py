@@ -18,12 +18,13 @@ from diffopd.errors import UserError
 SPLIT_FILES = ("{}_metadata.jsonl", "{}.jsonl", "{}.txt")
 # Metadata that says how a row is told or handled.
 NOT_ASKED = {"task", "file_name", "is_drawn", "bucket", "pixels", "enhanced_prompt"}
+PICTURES = ("file_name", "reference")  # metadata that names one: what a row shows, what dino_similarity compares with
 LEAST_ASKED = 20  # fewer kinds than this in many prompts are taken for categories
 
 
 @dataclass(frozen=True)
 class PromptRow:
-    """One prompt and what else its row said (a reward reads it); "file_name", a picture, is made absolute."""
+    """One prompt and what else its row said (a reward reads it); "file_name" and "reference" are absolute paths."""
 
     prompt: str
     metadata: dict[str, Any] = field(default_factory=dict)
@@ -111,10 +112,9 @@ def check_tasks(rows: list[PromptRow], path: Path, teacher: str, teachers: Colle
 
 
 def _located(row: PromptRow, path: Path) -> PromptRow:
-    name = row.metadata.get("file_name")
-    if not isinstance(name, str):
-        return row
-    return PromptRow(row.prompt, row.metadata | {"file_name": str(path.parent.resolve() / name)})
+    named = {key: row.metadata[key] for key in PICTURES if isinstance(row.metadata.get(key), str)}
+    located = {key: str(path.parent.resolve() / name) for key, name in named.items()}
+    return PromptRow(row.prompt, row.metadata | located)
 
 
 def _text_row(line: str, place: str) -> PromptRow:

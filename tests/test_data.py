@@ -19,6 +19,14 @@ def test_jsonl_rows_keep_their_metadata(tmp_path):
     assert read_prompts(path) == [PromptRow("a dot", {"word": "KEA", "n": 2})]
 
 
+def test_pictures_that_a_row_names_lie_beside_its_file_unless_their_paths_are_absolute(tmp_path):
+    lines = '{"prompt": "a", "file_name": "a.png", "reference": "more/b.png"}\n{"prompt": "b", "reference": "/c.png"}\n'
+    one, two = read_prompts(write(tmp_path / "a.jsonl", lines + '{"prompt": "c", "reference": 3}\n'))[:2]
+    here = tmp_path.resolve()
+    assert one.metadata == {"file_name": str(here / "a.png"), "reference": str(here / "more/b.png")}
+    assert two.metadata == {"reference": "/c.png"}
+
+
 @pytest.mark.parametrize(
     ("name", "text", "place", "reason"),
     [

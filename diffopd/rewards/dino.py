@@ -10,7 +10,8 @@ class DinoSimilarity:
     """Cosine of DINOv2's class tokens of a picture and of its row's reference, in [-1, 1].
 
     1 minus it is the DINO distance of D-OPSD (arXiv:2605.05204). The reference is metadata["reference"], else
-    metadata["file_name"]: the path of a picture. Raises OSError for a model that cannot be had.
+    metadata["file_name"]: the path of a picture (in a prompt file, from there). Raises OSError for a model that
+    cannot be had.
     """
 
     packages: tuple[str, ...] = ()
