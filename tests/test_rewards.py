@@ -15,6 +15,7 @@ from diffopd import rewards
 from diffopd.rewards.clip import Aesthetic, ClipScore, HPSv2, PickScore
 from diffopd.rewards.composition import (
     COLORS,
+    ColorJudge,
     Composition,
     Found,
     checked_row,
@@ -78,7 +79,7 @@ def clip(tmp_path_factory) -> str:
     folder, tokenizer = tmp_path_factory.mktemp("clip"), tiny.build_tokenizer()
     small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     ends = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    text = {**small, **ends, "vocab_size": len(tokenizer), "max_position_embeddings": 24}
+    text = {**small, **ends, "vocab_size": len(tokenizer), "max_position_embeddings": 48}
     torch.manual_seed(0)
     config = CLIPConfig(text_config=text, vision_config={**small, "image_size": 32, "patch_size": 8}, projection_dim=12)
     CLIPModel(config).save_pretrained(folder)
@@ -260,6 +261,25 @@ def test_exactly_one_colour_is_told_of_each_thing(detector, clip):
     many = [{"include": [{"class": sure.name, "count": 1, "color": color}]} for color in COLORS]
     scores = [made(IMAGES[:1], PROMPTS[:1], [row])[0] for row in many]
     assert sum(scores) == 1
+
+
+def test_a_colour_is_told_by_three_texts_of_equal_weight_as_in_geneval(clip):
+    from transformers import CLIPModel, CLIPProcessor
+
+    model, processor = CLIPModel.from_pretrained(clip).eval(), CLIPProcessor.from_pretrained(clip)
+    cuts = [Image.new("RGB", (32, 32), (shade, 255 - shade, shade // 2)) for shade in range(0, 256, 16)]
+    cuts += [noise(seed) for seed in range(16)]
+    texts = [f"a photo of a {c}{end}" for end in (" dog", "-colored dog", " object") for c in COLORS]
+    with torch.no_grad():
+        said = model(**processor(text=texts, images=cuts, padding=True, return_tensors="pt"))
+    three = said.text_embeds.view(3, 10, -1)  # CLIPModel gives unit vectors
+    by_all = said.image_embeds @ (three.sum(0) / three.sum(0).norm(dim=1, keepdim=True)).T
+    wanted = [COLORS[place] for place in by_all.argmax(1)]
+    judge = ColorJudge(clip, "cpu")
+    assert judge(cuts, "dog") == wanted
+    assert wanted != [COLORS[place] for place in (said.image_embeds @ three[0].T).argmax(1)], "the first alone"
+    assert wanted != [COLORS[place] for place in (said.image_embeds @ three.sum(0).T).argmax(1)], "texts that agree"
+    assert judge(cuts, "cat") != judge(cuts, "dog") == wanted
 
 
 def test_the_surest_things_must_have_the_colour_as_in_geneval(detector, clip):

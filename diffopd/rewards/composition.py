@@ -13,6 +13,7 @@ from typing import Any
 
 MARGIN = 0.1  # of the sizes of both boxes: by less, nothing is beside anything
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
+COLOR_TEXTS = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
 RELATIONS = ("left of", "right of", "above", "below")
 
 
@@ -132,23 +133,38 @@ class Composition:
 
 
 class ColorJudge:
-    """The likeliest of GenEval's ten colours of each cut-out, by a CLIP."""
+    """The likeliest of GenEval's ten colours of each cut-out, by a CLIP as GenEval asks it: three texts a colour."""
 
     def __init__(self, model: str, device: str) -> None:
         from transformers import CLIPModel, CLIPProcessor
 
         self._model = _loaded(CLIPModel, model, use_safetensors=True).to(device).eval()
         self._processor, self._device = _loaded(CLIPProcessor, model), device
+        self._directions: dict[str, Any] = {}
 
     def __call__(self, cuts: list[Any], name: str) -> list[str]:
         """One colour for each of B cut-outs of things called `name`."""
         import torch
 
-        texts = [f"a photo of a {color} {name}" for color in COLORS]
-        inputs = self._processor(text=texts, images=cuts, padding=True, return_tensors="pt").to(self._device)
+        if name not in self._directions:
+            self._directions[name] = self._told(name)
+        inputs = self._processor(images=cuts, return_tensors="pt").to(self._device)
         with torch.no_grad():
-            best = self._model(**inputs).logits_per_image.argmax(1)
+            seen = self._model.visual_projection(self._model.vision_model(**inputs).pooler_output)
+        best = (seen @ self._directions[name].T).argmax(1)  # the length of a picture's vector changes no order
         return [COLORS[place] for place in best.tolist()]
+
+    def _told(self, name: str) -> Any:
+        """(10, D): the unit vector of each colour, along the mean of its texts' unit vectors."""
+        import torch
+        from torch.nn.functional import normalize
+
+        texts = [text.format(color=color, name=name) for color in COLORS for text in COLOR_TEXTS]
+        inputs = self._processor(text=texts, padding=True, return_tensors="pt").to(self._device)
+        with torch.no_grad():
+            said = self._model.text_projection(self._model.text_model(**inputs).pooler_output)
+        each = normalize(said, dim=-1).unflatten(0, (len(COLORS), len(COLOR_TEXTS)))
+        return normalize(each.mean(1), dim=-1)
 
 
 def checked_row(row: dict[str, Any]) -> dict[str, Any]:
