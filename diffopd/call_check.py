@@ -12,7 +12,7 @@ from diffopd.errors import UserError, suggestion
 from diffopd.grid import make_scheduler, side_arguments
 from diffopd.quantize import check_quantization, quantization_config
 from diffopd.recipe import Recipe
-from diffopd.reward import check_card_reward
+from diffopd.reward import check_card_reward, check_card_rows
 from diffopd.teacher import TeacherCard
 
 
@@ -45,13 +45,14 @@ def check_packages(recipe: Recipe) -> None:
 
 
 def check_reward_runs(card: TeacherCard, *, must_run: bool) -> None:
-    """A task's reward is there; what it needs must be installed only where it will run."""
+    """A task's reward is there, and takes its rows; what it needs must be installed only where it will run."""
     missing = check_card_reward(card)
     if missing and must_run:
         raise UserError(
             f"{card.path}: the evaluation needs the reward of {card.name!r}, and that needs {', '.join(missing)}. "
             "Install the extra that docs/teach.md names beside the reward, or give the card another."
         )
+    check_card_rows(card, download=must_run)
 
 
 def check_backends(recipe: Recipe, base: Blueprint) -> None:

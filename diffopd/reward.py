@@ -6,14 +6,15 @@ import importlib
 import importlib.util
 import inspect
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from diffopd.data import PromptRow
+from diffopd.data import PromptRow, read_prompts
 from diffopd.errors import UserError, suggestion
 from diffopd.rewards import SHIPPED
 from diffopd.teach_recipe import TeachRecipe
@@ -90,6 +91,21 @@ def check_card_reward(card: TeacherCard) -> list[str]:
     return _checked(_terms_of_card(card))
 
 
+def check_rows(recipe: TeachRecipe, *, download: bool) -> None:
+    """Ask every term that has a `check` whether it can score each training and held-out row of a teacher.
+
+    No network is loaded; download: whether a config may be fetched for it. Raises UserError naming the row's file and
+    line, and what the term says of it.
+    """
+    files = recipe.card.prompts.files("train") + recipe.card.prompts.files("test")
+    _check_rows(_terms(recipe), files, download=download)
+
+
+def check_card_rows(card: TeacherCard, *, download: bool) -> None:
+    """As `check_rows`, of the held-out rows, which are those that a card's reward scores."""
+    _check_rows(_terms_of_card(card), card.prompts.files("test"), download=download)
+
+
 def try_reward(recipe: TeachRecipe, rows: Sequence[PromptRow], size: tuple[int, int]) -> None:
     """Call the file's functions that a teacher is taught by once, on two blank pictures of (width, height) pixels.
 
@@ -139,6 +155,29 @@ def _tried(term: _Term, rows: Sequence[PromptRow], size: tuple[int, int]) -> np.
             "must be finite. Correct it, or give such pictures a score of their own."
         )
     return scores
+
+
+def _check_rows(terms: list[_Term], files: Sequence[Path], *, download: bool) -> None:
+    for term in terms:
+        check = _row_check(term, download=download)
+        for file in files if check else ():
+            for number, row in enumerate(read_prompts(file), start=1):
+                try:
+                    check([row.prompt], [dict(row.metadata)])
+                except Exception as error:  # whatever the user's code raises
+                    told = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+                    raise UserError(
+                        f"{file}:{number}: the reward {term.settings.reward!r} ({term.place}) cannot score this row: "
+                        f"{told.rstrip('.')}{_line_in(term, error)} Correct the row, or remove it."
+                    ) from error
+
+
+def _row_check(term: _Term, *, download: bool) -> Callable[..., None] | None:
+    """What refuses rows that a term cannot score, (prompts, metadata) -> None; None for a term that takes any."""
+    if ":" in term.settings.reward:
+        return getattr(_of_file(term), "check", None)
+    check = getattr(_shipped(term), "check", None)
+    return check and partial(check, download=download, **_with_paths(term.settings.options, term.folder))
 
 
 def _line_in(term: _Term, error: Exception) -> str:

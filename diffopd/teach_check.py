@@ -14,7 +14,9 @@ from diffopd.plan import make_plan, process_facts, readable
 from diffopd.preflight import Parts, check
 from diffopd.reward import (
     check_card_reward,
+    check_card_rows,
     check_reward,
+    check_rows,
     picture_function,
     reward_hashes,
     terms_of,
@@ -23,6 +25,7 @@ from diffopd.reward import (
 )
 from diffopd.reward_watch import watched_cards
 from diffopd.teach_recipe import POLICY_GRADIENT, TeachRecipe
+from diffopd.teacher import TeacherCard
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -57,6 +60,10 @@ def check_teach(recipe: TeachRecipe, *, hash_weights: bool = False) -> TeachPart
         _check_noise(recipe, parts)
     missing = [] if recipe.is_supervised else check_reward(recipe)
     missing += [name for scored in (card, *watched_cards(recipe)) for name in check_card_reward(scored)]
+    if not recipe.is_supervised:
+        check_rows(recipe, download=hash_weights)
+    for scored in _scored_by_cards(recipe):
+        check_card_rows(scored, download=hash_weights)
     picture_function(recipe)
     if recipe.is_supervised and not recipe.pictures:
         _check_files(recipe, rows)
@@ -72,9 +79,14 @@ def try_teach_rewards(found: TeachParts) -> None:
     size = called_size(recipe.student.call, base)
     if not recipe.is_supervised:
         try_reward(recipe, found.rows, size)
-    is_tried = not recipe.is_supervised and not recipe.rewards  # the card's own is then what teaches
-    for scored in (*([] if is_tried else [recipe.card]), *watched_cards(recipe)):
+    for scored in _scored_by_cards(recipe):
         try_card_reward(scored, read_prompts(scored.prompts.test), size)
+
+
+def _scored_by_cards(recipe: TeachRecipe) -> list[TeacherCard]:
+    """The cards whose rewards score held-out rows beside what teaches, which may be the taught card's own."""
+    is_taught_by = not recipe.is_supervised and not recipe.rewards
+    return [*([] if is_taught_by else [recipe.card]), *watched_cards(recipe)]
 
 
 def _task_hashes(recipe: TeachRecipe) -> dict[str, str]:

@@ -62,6 +62,7 @@ def test_what_a_cards_reward_lacks_is_said_with_its_place(tmp_path, tiny_sd, mon
     card = write(tiny.write_teacher(folder, tiny_sd), 'reward = "ocr"')
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert check_card_reward(card) == ["rapidocr", "onnxruntime"]
+    (folder / "prompts" / "test.jsonl").write_text('{"prompt": "a \\"dot\\""}\n' * 2)
     recipe = read_recipe(tiny.write_recipe(tmp_path / "r.toml", tiny_sd, [folder]))
     check(recipe)  # a plan needs no reward
     with pytest.raises(UserError, match="the reward of 'dots', and that needs rapidocr, onnxruntime"):

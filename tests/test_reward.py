@@ -1,5 +1,6 @@
 """The reward of a teach.toml: the card's, or a weighted sum of functions and shipped ones, loaded before training."""
 
+import json
 import sys
 
 import numpy as np
@@ -10,10 +11,21 @@ from PIL import Image
 
 from diffopd.data import PromptRow
 from diffopd.errors import UserError
-from diffopd.reward import WeightedSum, check_reward, reward_hashes, reward_of, try_card_reward, try_reward
+from diffopd.preflight import check
+from diffopd.recipe import read_recipe
+from diffopd.reward import (
+    WeightedSum,
+    check_reward,
+    check_rows,
+    reward_hashes,
+    reward_of,
+    try_card_reward,
+    try_reward,
+)
 from diffopd.rewards.pixels import Sharpness
 from diffopd.sampling import score
 from diffopd.teach import assemble_run
+from diffopd.teach_check import check_teach
 from diffopd.teach_recipe import read_teach_recipe
 from diffopd.teacher import file_sha256, forget_rewards, load_reward
 
@@ -143,3 +155,135 @@ def test_what_alone_scores_a_task_keeps_to_0_and_1_and_a_reward_need_not(recipe_
     text = recipe.card.path.read_text().replace('reward = "reward.py:brightness"', "")
     recipe.card.path.write_text(text + '[[rewards]]\nreward = "reward.py:brightness"\n')
     try_card_reward(recipe_with("").card, [PromptRow("a")], (8, 8))
+
+
+def write_rows(card, split: str, *rows: dict, name: str | None = None):
+    """A card's prompt file of these rows; its path."""
+    file = card.folder / "prompts" / f"{name or split}.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+SIGN = {"prompt": 'a sign "OPEN"'}
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_row_that_cannot_be_scored_is_told_before_a_training_with_its_line(recipe_with, split):
+    recipe = recipe_with('rewards = [{reward = "sharpness"}, {reward = "ocr", weight = 0.5}]')
+    for name in ("train", "test"):
+        write_rows(recipe.card, name, SIGN, SIGN)
+    check_teach(recipe)
+    file = write_rows(recipe.card, split, SIGN, {"prompt": "a sign"})
+    with pytest.raises(UserError) as caught:
+        check_teach(recipe)
+    place = f"{file}:2: the reward 'ocr' ({recipe.path}:1) cannot score this row: "
+    assert str(caught.value) == (
+        f'{place}the prompt \'a sign\' quotes no text. Quote it as "..." or give its row a "text". '
+        "Correct the row, or remove it."
+    )
+
+
+def test_a_row_is_told_by_the_line_of_its_own_file_where_there_are_several(recipe_with):
+    card = recipe_with("").card
+    more = write_rows(card, "train", SIGN, SIGN, {"prompt": "none"}, name="more")
+    write_rows(card, "train", SIGN)
+    write_rows(card, "test", SIGN)
+    text = card.path.read_text()
+    card.path.write_text(text.replace('"prompts/train.jsonl"', '["prompts/train.jsonl", "prompts/more.jsonl"]'))
+    with pytest.raises(UserError, match=f"{more}:3: the reward 'ocr'"):
+        check_rows(recipe_with('rewards = [{reward = "ocr"}]'), download=False)
+
+
+def test_the_held_out_rows_are_checked_for_the_cards_own_reward_and_for_what_is_watched(recipe_with, own_teachers):
+    recipe = recipe_with('rewards = [{reward = "sharpness"}]')
+    text = recipe.card.path.read_text()
+    recipe.card.path.write_text(text.replace("reward.py:brightness", "ocr"))
+    recipe = recipe_with('rewards = [{reward = "sharpness"}]')
+    test = write_rows(recipe.card, "test", SIGN)
+    check_teach(recipe)  # its training rows quote nothing, and are scored by sharpness alone
+    write_rows(recipe.card, "test", SIGN, {"prompt": "a dot"})
+    with pytest.raises(UserError, match=f"{test}:2: .* quotes no text"):
+        check_teach(recipe)
+    card = own_teachers[1] / "teacher.toml"
+    card.write_text(card.read_text().replace("reward.py:brightness", "ocr"))
+    write_rows(recipe.card, "test", SIGN)
+    with pytest.raises(UserError, match=f"{own_teachers[1]}/prompts/test.jsonl:1: .* quotes no text"):
+        check_teach(recipe_with(f'watch = ["{own_teachers[1]}"]\nrewards = [{{reward = "sharpness"}}]'))
+
+
+def test_a_supervised_teachers_training_rows_need_not_be_scored(recipe_with):
+    card = recipe_with("").card
+    card.path.write_text(card.path.read_text().replace("reward.py:brightness", "ocr"))
+    (card.folder / "draw.py").write_text("def draw(prompts, metadata, seeds):\n    return []\n")
+    text = 'pictures = "draw.py:draw"\n[estimator]\nname = "supervised"\n[train]\nmax_train_steps = 1\n'
+    (card.folder / "teach.toml").write_text(text)
+    write_rows(card, "test", SIGN)
+    check_teach(read_teach_recipe(str(card.folder)))
+    write_rows(card, "test", {"prompt": "a dot"})
+    with pytest.raises(UserError, match="test.jsonl:1: .* quotes no text"):
+        check_teach(read_teach_recipe(str(card.folder)))
+
+
+def test_a_run_of_distillation_checks_the_held_out_rows_that_it_will_score(own_recipe, own_teachers):
+    card = own_teachers[0] / "teacher.toml"
+    card.write_text(card.read_text().replace("reward.py:brightness", "ocr"))
+    test = own_teachers[0] / "prompts" / "test.jsonl"
+    with pytest.raises(UserError, match=f"{test}:1: the reward 'ocr' .* quotes no text"):
+        check(read_recipe(own_recipe))
+    test.write_text(json.dumps(SIGN) + "\n" + json.dumps(SIGN) + "\n")
+    check(read_recipe(own_recipe))
+
+
+def test_a_relative_reference_is_found_beside_its_prompt_file_and_a_missing_one_told(recipe_with):
+    recipe = recipe_with('rewards = [{reward = "dino_similarity"}]')
+    IMAGES[0].save(recipe.card.folder / "prompts" / "a.png")
+    rows = [{"prompt": "a", "reference": "a.png"}]
+    write_rows(recipe.card, "test", *rows)
+    write_rows(recipe.card, "train", *rows)
+    check_rows(recipe, download=False)
+    file = write_rows(recipe.card, "train", *rows, {"prompt": "b", "reference": "b.png"})
+    with pytest.raises(UserError, match=rf"{file}:2: .* there is no reference {file.parent}/b.png\."):
+        check_rows(recipe, download=False)
+
+
+def test_options_reach_what_checks_rows_with_paths_from_the_teachers_folder(recipe_with):
+    detector = 'reward = "composition", options = {detector = "seen", aliases = {glass = "wine glass"}}'
+    recipe = recipe_with(f"rewards = [{{{detector}}}]")
+    (recipe.card.folder / "seen").mkdir()
+    config = {"model_type": "rt_detr", "id2label": {"0": "cat", "1": "wine glass"}}
+    (recipe.card.folder / "seen" / "config.json").write_text(json.dumps(config))
+    write_rows(recipe.card, "test", {"prompt": "a", "include": [{"class": "glass"}]})
+    file = write_rows(recipe.card, "train", {"prompt": "a", "include": [{"class": "cat"}]})
+    check_rows(recipe, download=False)
+    write_rows(recipe.card, "train", {"prompt": "a", "include": [{"class": "dog"}]})
+    with pytest.raises(UserError, match=f"{file}:1: .* the detector knows no 'dog'"):
+        check_rows(recipe, download=False)
+
+
+MINE = """
+def brightness(images, prompts, metadata):
+    return [0.5] * len(images)
+
+
+def check(prompts, metadata):
+    for prompt, row in zip(prompts, metadata, strict=True):
+        if row["number"] == 1:
+            raise ValueError(f"{prompt!r} is number 1")
+
+
+brightness.check = check
+"""
+
+
+def test_a_function_may_check_rows_itself(recipe_with):
+    card = recipe_with("").card
+    (card.folder / "reward.py").write_text(MINE)
+    for split in ("train", "test"):
+        write_rows(card, split, {"prompt": "a", "number": 0})
+    check_rows(recipe_with(""), download=False)
+    file = write_rows(card, "train", {"prompt": "a", "number": 0}, {"prompt": "b", "number": 1})
+    with pytest.raises(UserError, match=rf"{file}:2: .*{card.path}:\d+\) .*: 'b' is number 1 \(.*/reward.py:9\)\."):
+        check_rows(recipe_with(""), download=False)
+    write_rows(card, "train", {"prompt": "a"})
+    with pytest.raises(UserError, match=r"train.jsonl:1: .*: KeyError: 'number' \(.*/reward.py:8\)\."):
+        check_rows(recipe_with(""), download=False)

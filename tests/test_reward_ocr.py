@@ -35,9 +35,12 @@ def test_the_wanted_text_is_the_rows_or_the_first_quoted_span():
     assert wanted_text('a sign "Bar" above "Grill"', {}) == "Bar"
     assert wanted_text("a sign “Bar”", {}) == "Bar"
     assert wanted_text('a sign "Bar"', {"text": "Pub"}) == "Pub"
+    OCR.check(['a sign "Bar"', "a sign"], [{}, {"text": "Pub"}])
     for prompt in ("a sign", 'a sign " "'):
         with pytest.raises(ValueError, match="quotes no text"):
             wanted_text(prompt, {})
+        with pytest.raises(ValueError, match="quotes no text"):
+            OCR.check(['"Bar"', prompt], [{}, {}])
 
 
 def test_without_the_engine_it_says_what_to_install(monkeypatch):

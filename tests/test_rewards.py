@@ -2,6 +2,9 @@
 
 import ast
 import importlib
+import inspect
+import shutil
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +14,7 @@ import tiny
 import torch
 from PIL import Image
 
-from diffopd import rewards
+from diffopd.rewards import SHIPPED
 from diffopd.rewards.clip import Aesthetic, ClipScore, HPSv2, PickScore
 from diffopd.rewards.composition import (
     COLORS,
@@ -39,7 +42,7 @@ ROWS = [{}, {}]
 
 
 def test_every_shipped_reward_is_there_and_stands_alone():
-    for spec in rewards.SHIPPED.values():
+    for spec in SHIPPED.values():
         module, kind = spec.split(":")
         loaded = importlib.import_module(module)
         assert isinstance(vars(loaded)[kind].packages, tuple) and vars(loaded)[kind].__doc__
@@ -49,6 +52,16 @@ def test_every_shipped_reward_is_there_and_stands_alone():
         assert not any(name.startswith("diffopd") for name in names), spec
         top = {n.module or "" for n in tree.body if isinstance(n, ast.ImportFrom)}
         assert not top & {"torch", "transformers", "rapidocr"}, "heavy packages only when made"
+
+
+def test_what_refuses_rows_takes_the_options_that_its_reward_is_made_with():
+    kinds = [vars(importlib.import_module(module))[kind] for module, kind in (s.split(":") for s in SHIPPED.values())]
+    checked = [kind for kind in kinds if "check" in vars(kind)]
+    assert [kind.__name__ for kind in checked] == ["Composition", "DinoSimilarity", "OCR"]
+    for kind in checked:
+        options = {name: given.default for name, given in inspect.signature(kind).parameters.items()}
+        assert "download" not in options
+        kind.check([], [], download=False, **options)
 
 
 def test_compressibility_orders_flat_before_noise_and_is_the_size_of_the_file():
@@ -154,8 +167,21 @@ def test_dino_similarity_is_1_for_the_reference_itself_and_less_for_others(tmp_p
     row = {"reference": str(tmp_path / "reference.png")}
     same, other = DinoSimilarity(str(folder))(IMAGES, PROMPTS, [row, {"file_name": row["reference"]}])
     assert float(same) == pytest.approx(1, abs=1e-5) and float(other) < float(same) - 1e-4
-    with pytest.raises(ValueError, match='Give it a "reference"'):
-        DinoSimilarity(str(folder))(IMAGES, PROMPTS, ROWS)
+    reward = DinoSimilarity(str(folder))
+    DinoSimilarity.check(PROMPTS, [row, {"file_name": row["reference"]}], model="nobody/nothing")
+    whole = (tmp_path / "reference.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "text.png").write_text("no picture")
+    for wrong, words in (
+        ({}, 'Give it a "reference"'),
+        ({"reference": str(tmp_path / "none.png")}, "there is no reference .*none.png"),
+        ({"reference": str(tmp_path / "cut.png")}, "cut.png cannot be read as a picture"),
+        ({"reference": str(tmp_path / "text.png")}, "text.png cannot be read as a picture"),
+        ({"reference": str(tmp_path)}, "cannot be read as a picture"),
+    ):
+        for score in (lambda rows: reward(IMAGES, PROMPTS, rows), partial(DinoSimilarity.check, PROMPTS)):
+            with pytest.raises(ValueError, match=words):
+                score([row, wrong])
 
 
 @pytest.mark.parametrize(
@@ -205,11 +231,19 @@ def test_requirements_are_counts_positions_and_exclusions():
         ({"include": [{"class": "cat", "color": "mauve"}]}, "mauve"),
         ({"include": [{"class": "cat", "position": ["near", 0]}]}, "near"),
         ({"include": [{"class": "cat", "position": ["above", 1]}]}, "entry of include"),
+        ({"include": [{"class": "cat", "position": ["above"]}]}, "entry of include"),
+        ({"include": [{"class": "cat", "position": ["above", "dog"]}]}, "entry of include"),
+        ({"include": "cat"}, "is not a list of"),
+        ({"include": [{"count": 2}]}, "is not a list of"),
+        ({"include": [{"class": "cat"}], "exclude": ["dog"]}, '"exclude" of the row'),
+        ({"include": [{"class": "cat", "count": "two"}]}, "count 'two' of 'cat' is not a whole number"),
     ],
 )
 def test_rows_that_make_no_sense_are_refused(row, words):
     with pytest.raises(ValueError, match=words):
         checked_row(row)
+    with pytest.raises(ValueError, match=words):
+        Composition.check(["a cat"], [row], detector="nobody/nothing")  # needs no detector
 
 
 def test_a_cut_out_stays_inside_and_has_at_least_a_pixel():
@@ -297,6 +331,29 @@ def test_unknown_classes_and_credits_are_refused(detector, clip):
     assert named(IMAGES[:1], PROMPTS[:1], [{"include": [{"class": "glass", "count": 99}]}]) == [0]
     with pytest.raises(ValueError, match='"all" or "share"'):
         Composition(detector, clip, credit="half")
+
+
+def test_classes_are_checked_by_the_config_alone_where_it_is_here(detector, tmp_path):
+    shutil.copy(Path(detector) / "config.json", tmp_path)
+    rows = [{"include": [{"class": "cat"}], "exclude": [{"class": "glass"}]}]
+    with pytest.raises(ValueError, match="the detector knows no 'glass'"):
+        Composition.check(PROMPTS[:1], rows, detector=str(tmp_path))
+    Composition.check(PROMPTS[:1], rows, detector=str(tmp_path), aliases={"glass": "wine glass"}, credit="share")
+    for download in (False, True):  # what cannot be had is told when it is loaded
+        Composition.check(PROMPTS[:1], rows, detector="nobody/nothing", download=download)
+
+
+def test_a_config_is_asked_of_the_hub_only_when_it_may_be(monkeypatch):
+    asked = []
+    told = SimpleNamespace(id2label={0: "cat"})
+    monkeypatch.setattr(
+        "transformers.AutoConfig.from_pretrained", lambda name, **options: asked.append((name, options)) or told
+    )
+    rows = [{"include": [{"class": "cat"}]}] * 3
+    Composition.check(["a cat"] * 3, rows, detector="some/detector")
+    Composition.check(["a cat"] * 3, rows, detector="some/detector", download=True)
+    Composition.check(["a cat"] * 3, rows, detector="some/detector", download=True)
+    assert asked == [("some/detector", {"local_files_only": here}) for here in (True, False)], "and once"
 
 
 def test_a_segmentation_detects_as_well_and_colours_are_told_of_the_thing_without_its_surroundings(tmp_path, clip):

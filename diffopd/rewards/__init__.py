@@ -2,6 +2,8 @@
 
 A reward is made once, with its options, and called as reward(images, prompts, metadata) -> (B,). `packages` of its
 class are the ones to be imported that a plain installation may lack; its docstring names the extra that has them.
+A class whose rewards may refuse a row has check(prompts, metadata, *, download, **options), the options those that it
+is made with: a ValueError for such a row, from no network's weights; download: whether a config may be fetched for it.
 """
 
 SHIPPED = {

@@ -8,9 +8,12 @@ must be seen: "include", a list of {"class", "count", "color"?, "position"?: [re
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
+DETECTOR = "PekingU/rtdetr_r50vd"
 MARGIN = 0.1  # of the sizes of both boxes: by less, nothing is beside anything
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 COLOR_TEXTS = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
@@ -42,7 +45,7 @@ class Composition:
 
     def __init__(
         self,
-        detector: str = "PekingU/rtdetr_r50vd",
+        detector: str = DETECTOR,
         color_model: str = "openai/clip-vit-large-patch14",
         threshold: float = 0.3,
         count_threshold: float = 0.9,
@@ -63,9 +66,28 @@ class Composition:
         self._thresholds, self._credit = (threshold, count_threshold), credit
         self._aliases, self._color_model, self._colors = aliases or {}, color_model, None
 
+    @staticmethod
+    def check(
+        prompts: list[str],
+        metadata: list[dict[str, Any]],
+        *,
+        download: bool = False,
+        detector: str = DETECTOR,
+        aliases: dict[str, str] | None = None,
+        **options: Any,
+    ) -> None:
+        """Raises ValueError for a row that a call would refuse, by the classes that the detector's config lists.
+
+        Where that config is not here, nor to be had if download allows it, classes are left to the first call.
+        """
+        known = _listed_classes(detector, download)
+        for row in metadata:
+            translated(row, known, aliases or {})
+
     def __call__(self, images: list[Any], prompts: list[str], metadata: list[dict[str, Any]]) -> list[float]:
         """(B,) in [0, 1]. Raises ValueError for a row that asks for nothing, or for a class nobody knows."""
-        rows = [self._translated(row) for row in metadata]
+        known = frozenset(self._names.values())
+        rows = [translated(row, known, self._aliases) for row in metadata]
         scores = []
         for image, found, row in zip(images, self.detect(images), rows, strict=True):
             kept = [self._kept(found, entry) for entry in row["include"]]
@@ -118,19 +140,6 @@ class Composition:
         told = self._colors([cut_out(image, one) for one in found], entry["class"])
         return [one for one, color in zip(found, told, strict=True) if color == entry["color"]]
 
-    def _translated(self, row: dict[str, Any]) -> dict[str, Any]:
-        """The row with the detector's class names, checked."""
-        checked = checked_row(row)
-        known = set(self._names.values())
-        for entry in (*checked["include"], *checked["exclude"]):
-            entry["class"] = self._aliases.get(entry["class"], entry["class"])
-            if entry["class"] not in known:
-                raise ValueError(
-                    f'the detector knows no {entry["class"]!r}. Give options.aliases = {{"{entry["class"]}" = '
-                    '"its name"}, or another detector.'
-                )
-        return checked
-
 
 class ColorJudge:
     """The likeliest of GenEval's ten colours of each cut-out, by a CLIP as GenEval asks it: three texts a colour."""
@@ -167,19 +176,66 @@ class ColorJudge:
         return normalize(each.mean(1), dim=-1)
 
 
+def translated(row: dict[str, Any], known: Collection[str] | None, aliases: dict[str, str]) -> dict[str, Any]:
+    """A row's requirements under the detector's class names; known: all of these, None where that is not known.
+
+    Raises ValueError as `checked_row`, and for a class that is not among them.
+    """
+    checked = checked_row(row)
+    for entry in (*checked["include"], *checked["exclude"]):
+        entry["class"] = aliases.get(entry["class"], entry["class"])
+        if known is not None and entry["class"] not in known:
+            raise ValueError(
+                f'the detector knows no {entry["class"]!r}. Give options.aliases = {{"{entry["class"]}" = '
+                '"its name"}, or another detector.'
+            )
+    return checked
+
+
+@cache
+def _listed_classes(detector: str, download: bool) -> frozenset[str] | None:
+    """The class names in a detector's config, None where it cannot be had."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(detector, local_files_only=not download)
+    except (OSError, ValueError):  # told when the detector is loaded
+        return None
+    return frozenset(config.id2label.values())
+
+
 def checked_row(row: dict[str, Any]) -> dict[str, Any]:
     """A copy of a row's requirements. Raises ValueError for one that asks for nothing or for what is not there."""
-    include = [{"count": 1, **entry} for entry in row.get("include", [])]
-    exclude = [{"count": 1, **entry} for entry in row.get("exclude", [])]
+    include, exclude = _entries(row, "include"), _entries(row, "exclude")
     if not include:
         raise ValueError(f'the row {row} asks for nothing. Give it "include" as GenEval\'s metadata have it.')
     for entry in include:
         color, position = entry.get("color"), entry.get("position")
         if color is not None and color not in COLORS:
             raise ValueError(f"color {color!r} is not one of {', '.join(COLORS)}.")
-        if position is not None and (position[0] not in RELATIONS or not 0 <= position[1] < len(include)):
+        if position is not None and not _is_position(position, len(include)):
             raise ValueError(f"position {position!r} is not one of {', '.join(RELATIONS)} and an entry of include.")
     return {"include": include, "exclude": exclude}
+
+
+def _entries(row: dict[str, Any], key: str) -> list[dict[str, Any]]:
+    given = row.get(key, [])
+    if not isinstance(given, list) or not all(isinstance(e, dict) and isinstance(e.get("class"), str) for e in given):
+        raise ValueError(
+            f'"{key}" of the row {row} is not a list of {{"class": name, ...}} as GenEval\'s metadata have.'
+        )
+    entries = [{"count": 1, **entry} for entry in given]
+    for entry in entries:
+        if type(entry["count"]) is not int or entry["count"] < 1:
+            raise ValueError(f"count {entry['count']!r} of {entry['class']!r} is not a whole number of at least 1.")
+    return entries
+
+
+def _is_position(given: Any, count: int) -> bool:
+    """Whether it is [relation, index of one of count entries]."""
+    if not isinstance(given, (list, tuple)) or len(given) != 2:
+        return False
+    return given[0] in RELATIONS and type(given[1]) is int and 0 <= given[1] < count
 
 
 def requirements(

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import struct
+import zlib
+from functools import cache
 from typing import Any
+
+BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)  # what Pillow raises for broken files
 
 
 class DinoSimilarity:
@@ -31,8 +35,14 @@ class DinoSimilarity:
             ) from error
         self._references: dict[str, Any] = {}
 
+    @staticmethod
+    def check(prompts: list[str], metadata: list[dict[str, Any]], **options: Any) -> None:
+        """Raises ValueError for a row without a reference, or with one that cannot be read, whatever the options."""
+        for row in metadata:
+            _check_readable(_named(row))
+
     def __call__(self, images: list[Any], prompts: list[str], metadata: list[dict[str, Any]]) -> Any:
-        """(B,). Raises ValueError for a row without a reference."""
+        """(B,). Raises ValueError for a row without a reference, or with one that cannot be read."""
         import torch
 
         references = torch.cat([self._reference(row) for row in metadata])
@@ -40,14 +50,9 @@ class DinoSimilarity:
 
     def _reference(self, row: dict[str, Any]) -> Any:
         """Features (1, D) of a row's reference picture, computed once."""
-        from PIL import Image
-
-        name = row.get("reference") or row.get("file_name")
-        if not isinstance(name, str) or not Path(name).is_file():
-            raise ValueError(f'the row {row} names no picture. Give it a "reference", the path of an existing one.')
+        name = _named(row)
         if name not in self._references:
-            with Image.open(name) as image:
-                self._references[name] = self._features([image])
+            self._references[name] = self._features([_opened(name)])
         return self._references[name]
 
     def _features(self, images: list[Any]) -> Any:
@@ -58,3 +63,29 @@ class DinoSimilarity:
         inputs = self._processor(images=pictures, return_tensors="pt").to(self._device)
         with torch.no_grad():
             return self._model(**inputs).last_hidden_state[:, 0].float()
+
+
+def _named(row: dict[str, Any]) -> str:
+    name = row.get("reference") or row.get("file_name")
+    if not isinstance(name, str):
+        raise ValueError(f'the row {row} names no picture. Give it a "reference", the path of an existing one.')
+    return name
+
+
+def _opened(name: str) -> Any:
+    """The picture in RGB, read to its end. Raises ValueError for a file that is missing or broken."""
+    from PIL import Image
+
+    try:
+        with Image.open(name) as image:
+            return image.convert("RGB")
+    except FileNotFoundError as error:
+        raise ValueError(f"there is no reference {name}. Put the picture there, or correct the path.") from error
+    except BROKEN as error:
+        raise ValueError(f"the reference {name} cannot be read as a picture ({error}). Replace it.") from error
+
+
+@cache
+def _check_readable(name: str) -> None:
+    """Once a picture, whose rows may be many. Raises ValueError as `_opened`."""
+    _opened(name)

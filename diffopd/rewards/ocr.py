@@ -32,6 +32,12 @@ class OCR:
             raise ImportError(f"it reads text with rapidocr ({error}). Install diffopd[ocr].") from error
         self._engine, self._upscale = RapidOCR(params={"Global.log_level": "error"}), upscale
 
+    @staticmethod
+    def check(prompts: list[str], metadata: list[dict[str, Any]], **options: Any) -> None:
+        """Raises ValueError for a prompt that quotes nothing and has no "text", whatever the options."""
+        for prompt, row in zip(prompts, metadata, strict=True):
+            wanted_text(prompt, row)
+
     def __call__(self, images: list[Any], prompts: list[str], metadata: list[dict[str, Any]]) -> list[float]:
         """(B,). Raises ValueError for a prompt that quotes nothing and has no "text"."""
         wanted = [wanted_text(prompt, row) for prompt, row in zip(prompts, metadata, strict=True)]
