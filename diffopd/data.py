@@ -18,13 +18,16 @@ from diffopd.errors import UserError
 SPLIT_FILES = ("{}_metadata.jsonl", "{}.jsonl", "{}.txt")
 # Metadata that says how a row is told or handled.
 NOT_ASKED = {"task", "file_name", "is_drawn", "bucket", "pixels", "enhanced_prompt"}
-PICTURES = ("file_name", "reference")  # metadata that names one: what a row shows, what dino_similarity compares with
 LEAST_ASKED = 20  # fewer kinds than this in many prompts are taken for categories
 
 
 @dataclass(frozen=True)
 class PromptRow:
-    """One prompt and what else its row said (a reward reads it); "file_name" and "reference" are absolute paths."""
+    """One prompt and what else its row said (a reward reads it); "file_name", a picture, is made absolute.
+
+    So is "reference", which dino_similarity compares with, where such a file lies beside the prompts: a reward of the
+    user's may have a text there.
+    """
 
     prompt: str
     metadata: dict[str, Any] = field(default_factory=dict)
@@ -112,8 +115,11 @@ def check_tasks(rows: list[PromptRow], path: Path, teacher: str, teachers: Colle
 
 
 def _located(row: PromptRow, path: Path) -> PromptRow:
-    named = {key: row.metadata[key] for key in PICTURES if isinstance(row.metadata.get(key), str)}
-    located = {key: str(path.parent.resolve() / name) for key, name in named.items()}
+    located, here = {}, path.parent.resolve()
+    for key in ("file_name", "reference"):
+        name = row.metadata.get(key)
+        if isinstance(name, str) and (key == "file_name" or (here / name).is_file()):
+            located[key] = str(here / name)
     return PromptRow(row.prompt, row.metadata | located)
 
 

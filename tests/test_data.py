@@ -20,11 +20,15 @@ def test_jsonl_rows_keep_their_metadata(tmp_path):
 
 
 def test_pictures_that_a_row_names_lie_beside_its_file_unless_their_paths_are_absolute(tmp_path):
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "b.png").write_bytes(b"")
     lines = '{"prompt": "a", "file_name": "a.png", "reference": "more/b.png"}\n{"prompt": "b", "reference": "/c.png"}\n'
-    one, two = read_prompts(write(tmp_path / "a.jsonl", lines + '{"prompt": "c", "reference": 3}\n'))[:2]
+    lines += '{"prompt": "c", "reference": 3}\n{"prompt": "d", "reference": "a text"}\n'
+    one, two, three, four = read_prompts(write(tmp_path / "a.jsonl", lines))
     here = tmp_path.resolve()
     assert one.metadata == {"file_name": str(here / "a.png"), "reference": str(here / "more/b.png")}
     assert two.metadata == {"reference": "/c.png"}
+    assert three.metadata == {"reference": 3} and four.metadata == {"reference": "a text"}
 
 
 @pytest.mark.parametrize(

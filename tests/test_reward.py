@@ -242,7 +242,7 @@ def test_a_relative_reference_is_found_beside_its_prompt_file_and_a_missing_one_
     write_rows(recipe.card, "train", *rows)
     check_rows(recipe, download=False)
     file = write_rows(recipe.card, "train", *rows, {"prompt": "b", "reference": "b.png"})
-    with pytest.raises(UserError, match=rf"{file}:2: .* there is no reference {file.parent}/b.png\."):
+    with pytest.raises(UserError, match=rf"{file}:2: .* there is no reference b.png\."):
         check_rows(recipe, download=False)
 
 
