@@ -20,6 +20,7 @@ from diffopd.blueprint import (
     num_values,
     tensor_shapes,
 )
+from diffopd.context import NETWORK
 from diffopd.dialects import paired, ranks_said
 from diffopd.fit_check import lora_size
 from diffopd.grid import make_scheduler, side_arguments
@@ -78,6 +79,11 @@ def footprint(parts: Parts) -> Footprint:
         trained, adapter = _with_adapter(recipe, denoiser, base.denoiser, unsure)
         for parameter in denoiser.parameters():
             parameter.data = parameter.data.float() if parameter.requires_grad else parameter.data
+    for settings, card in zip(recipe.teachers, parts.cards, strict=True):
+        kind = settings.context.kind if settings.context else None
+        if kind in NETWORK:
+            named = getattr(settings.context, NETWORK[kind])
+            unsure.append(f"not in the sum: with what teacher {card.name} sees pictures ({named})")
     averages = int(train.ema_decay > 0) + sum(card.form == "ema" for card in parts.cards)
     memory = {f"base {name}": size for name, size in _resident(parts, frozen, unsure).items()}
     memory |= {

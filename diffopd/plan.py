@@ -102,7 +102,8 @@ def make_plan(parts: Parts, processes: int = 1) -> Plan:
         turns = 1 / number if draws else share
         student += turns * (asked * calls if is_given else walked * rows)
         checked = _held_out(settings, card, parts.test_rows[card.name])
-        teachers.append(TeacherPlan(card.name, card.form, guidance, cost, *prompts, share, turns, checked))
+        acting = settings.call.get("true_cfg_scale", guidance)  # as `Call.guidance` has it
+        teachers.append(TeacherPlan(card.name, card.form, acting, cost, *prompts, share, turns, checked))
     train = recipe.train
     tasks = draws or train.tasks_per_update
     return Plan(

@@ -16,6 +16,7 @@ from diffopd.data import read_prompts
 from diffopd.errors import UserError
 from diffopd.grid import make_scheduler
 from diffopd.locate import find_recipe, find_tune_recipe, recipe_names, shelf, teacher_names, tune_recipe_names
+from diffopd.plan import make_plan
 from diffopd.preflight import check
 from diffopd.recipe import read_recipe
 from diffopd.reward import check_card_reward
@@ -78,6 +79,9 @@ def test_a_recipe_passes_every_check_and_has_a_plan_without_a_network(name, monk
         assert f"student {student:g}, teachers {teachers:g} an update" in told
         steps = [float(word) for word in told.split("timesteps ")[1].split(" sigmas")[0].split()]
         assert (steps[0], steps[-1]) == (pytest.approx(first, abs=0.01), pytest.approx(last, abs=0.01))
+    acting = [teacher.call.get("true_cfg_scale", teacher.guidance_scale) for teacher in parts.recipe.teachers]
+    for teacher, scale in zip(make_plan(parts).teachers, acting, strict=True):
+        assert scale is None or teacher.guidance_scale == scale
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -170,6 +174,9 @@ def test_a_tuning_recipe_is_complete_and_planned_without_a_network(name, picture
     told = " ".join(result.output.split())
     seen, (first, last), cost = TUNED[name]
     assert f"its context {seen}" in told and cost in told
+    network = settings["context"].get("ip_adapter") or settings["context"].get("vision_language")
+    assert not network or f"sees pictures ({network})" in told
+    assert f"evaluation in {settings['train'].get('frozen_dtype', 'float32')}" in told
     steps = [float(word) for word in told.split("timesteps ")[1].split(" sigmas")[0].split()]
     assert len(steps) == 4
     assert (steps[0], steps[-1]) == (pytest.approx(first, abs=0.01), pytest.approx(last, abs=0.01))
