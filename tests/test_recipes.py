@@ -63,10 +63,10 @@ def no_network(monkeypatch):
 
 
 @pytest.mark.parametrize("name", recipe_names())
-def test_a_recipe_passes_every_check_and_has_a_plan_without_a_network(name, monkeypatch):
+def test_a_recipe_passes_every_check_and_has_a_plan_without_a_network(name, monkeypatch, tmp_path):
     checked = []
     monkeypatch.setattr(preflight, "check", lambda recipe: checked.append(check(recipe)) or checked[0])
-    result = CliRunner().invoke(app, ["distill", name, "--dry-run"])
+    result = CliRunner().invoke(app, ["distill", name, "--dry-run", "--output-dir", str(tmp_path / "run")])
     assert result.exit_code == 0, result.output
     for part in ("trained", "timesteps", "graph of one state", "gradients and AdamW"):
         assert part in result.output
@@ -169,7 +169,9 @@ def test_a_tuning_recipe_is_complete_and_planned_without_a_network(name, picture
     settings = tomllib.loads(text)
     tables = {"student", "images", "teacher", "context", "objective", "train", "look", "evaluate"}
     assert tables <= set(settings) and {"name", "method", "seed"} <= set(settings)
-    result = CliRunner().invoke(app, ["tune", name, "--images", str(pictures), "--dry-run"])
+    result = CliRunner().invoke(
+        app, ["tune", name, "--images", str(pictures), "--dry-run", "--output-dir", str(pictures / "run")]
+    )
     assert result.exit_code == 0, result.output
     told = " ".join(result.output.split())
     seen, (first, last), cost = TUNED[name]

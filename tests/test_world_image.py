@@ -25,6 +25,7 @@ def made():
     torch.manual_seed(0)
     modules.pipe, modules.untouched = pipe, type(pipe)(**pipe.components | {"unet": _copy(pipe.unet)})
     modules.path = modules.world_image_models.ImagePath(pipe)
+    modules.begins = [processor.to_v_ip[0].weight.clone() for processor in modules.path.trained["attention"]]
     return modules
 
 
@@ -79,17 +80,24 @@ def test_training_sees_pictures_as_the_stock_processor_gives_them(made):
 
 @torch.no_grad()
 def test_an_untrained_path_changes_nothing(made, told):
+    for processor, begin in zip(made.path.trained["attention"], made.begins, strict=True):
+        processor.to_v_ip[0].weight.copy_(begin)  # another test may have filled it before
     noisy, timesteps, tokens, pictures = told
     hidden, _ = made.path.encode(pictures)
     plain = made.untouched.unet(noisy, timesteps, made.pipe.text_encoder(tokens)[0]).sample
     assert torch.equal(made.path(noisy, timesteps, tokens, hidden), plain)
 
 
+@torch.no_grad()
+def let_it_speak(made):
+    """An untrained path says nothing of its pictures: give it some values."""
+    for processor in made.path.trained["attention"]:
+        processor.to_v_ip[0].weight.normal_(std=0.05, generator=torch.Generator().manual_seed(2))
+
+
 def test_a_saved_path_is_the_same_when_stock_code_loads_it(made, told, tmp_path):
     noisy, timesteps, tokens, pictures = told
-    with torch.no_grad():
-        for processor in made.path.trained["attention"]:
-            processor.to_v_ip[0].weight.normal_(std=0.05)
+    let_it_speak(made)
     made.world_image_models.save_image_path(made.path, tmp_path)
     other = made.untouched
     other.load_ip_adapter(str(tmp_path), subfolder="", weight_name=made.world_image_models.WEIGHTS)
@@ -105,6 +113,7 @@ def test_a_saved_path_is_the_same_when_stock_code_loads_it(made, told, tmp_path)
 
 
 def test_each_row_is_drawn_from_its_own_picture(made):
+    let_it_speak(made)
     pictures = np.stack([np.full((48, 48, 3), shade, np.uint8) for shade in (0, 255)])
     draw = made.world_image_sheet.draw_from
     both = draw(made.pipe, ["a frog", "a star"], pictures, 2, 2.0)
