@@ -159,7 +159,9 @@ def teach(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Override, such as train.batch_size=8."),
     ] = None,
-    output_dir: Annotated[Path | None, typer.Option(help="Run folder (default: runs/teach-NAME).")] = None,
+    output_dir: Annotated[
+        Path | None, typer.Option(help="Run folder (default: runs/teach-NAME, or -NAME-FILE).")
+    ] = None,
     processes: Annotated[int, typer.Option(min=1, help="Share the pictures of each update among processes.")] = 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved plan and stop.")] = False,
     write: Annotated[

@@ -154,7 +154,8 @@ def read_teach_recipe(name: str, overrides: list[str] | None = None) -> TeachRec
         )
     data, source = read_overridden(file, overrides)
     data.setdefault("name", card.name)
-    data.setdefault("output_dir", f"runs/teach-{data['name']}")
+    way = "" if file.stem == "teach" else f"-{file.stem}"  # a folder for each way of teaching it
+    data.setdefault("output_dir", f"runs/teach-{data['name']}{way}")
     _student_of_card(data.setdefault("student", {}), card)
     recipe = validated(TeachRecipe, data, source)
     recipe._source, recipe._card = source, card
