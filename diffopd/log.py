@@ -18,6 +18,8 @@ from diffopd.supervise import Watch
 if TYPE_CHECKING:
     from diffopd.distill import UpdateLosses
 
+BESIDE_LOSSES = 66  # columns that the rest of the bar takes
+
 
 class TrainingLog:
     """Open while a run trains. Only the main process shows and writes anything.
@@ -137,7 +139,10 @@ class TrainingLog:
         self._last = now
         for name, value in per_teacher.items():
             self._smooth[name] = 0.9 * self._smooth.get(name, value) + 0.1 * value
-        note = f"{self._progress.update} | {self._losses()} | {self._rate:.2f}/s"
+        shown = self._losses()
+        if len(shown) > self._bar.console.width - BESIDE_LOSSES:  # columns that do not fit are cut, the clock first
+            shown = f"mean {sum(self._smooth.values()) / len(self._smooth):.4f}"
+        note = f"{self._progress.update} | {shown} | {self._rate:.2f}/s"
         self._bar.update(self._task, completed=self._done(), note=note)
 
 

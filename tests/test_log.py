@@ -1,5 +1,7 @@
 """What a run prints while it trains: a bar on a terminal, a line at each held-out check elsewhere, never both."""
 
+import re
+
 import pytest
 from rich.console import Console
 
@@ -56,6 +58,15 @@ def test_without_a_terminal_each_check_prints_a_plain_line(open_log, capsys, bou
 def test_on_a_terminal_the_bar_says_it(open_log, capsys, monkeypatch):
     monkeypatch.setattr(Console, "is_terminal", True)
     assert printed(open_log(TrainingLog), capsys) == []
+
+
+@pytest.mark.parametrize(("columns", "shown"), [(120, "text 0.2500 style 1.0000"), (80, "mean 0.6250")])
+def test_the_bars_clock_has_room_on_a_narrow_terminal(open_log, capsys, monkeypatch, columns, shown):
+    monkeypatch.setattr("rich._console", Console(width=columns, force_terminal=True))
+    with open_log(TrainingLog) as log:
+        log.update(losses(), 1e-3, Watch())
+    plain = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", capsys.readouterr().out)
+    assert re.search(rf" 10 \| {shown} \| \S+/s \d:\d\d:\d\d [\d-]+:[\d-]+:[\d-]+\s*$", plain), plain
 
 
 def test_other_processes_say_nothing(open_log, capsys):
