@@ -33,6 +33,7 @@ def main(
     trained_on: Annotated[str, typer.Option(help="the machine of the trainings, for the page, if not this one")] = "",
     quick: Annotated[bool, typer.Option("--quick", help="tiny settings: does everything run?")] = False,
     jobs: Annotated[int, typer.Option(min=1, help="trainings at a time, each with one thread (claims 1, 3, 5)")] = 1,
+    any_seconds: Annotated[bool, typer.Option("--any-seconds", help="runs that ended count, however long")] = False,
     listing: Annotated[bool, typer.Option("--list", help="print the commands and stop")] = False,
 ) -> None:
     """Run what is not finished, then write the pages."""
@@ -42,7 +43,7 @@ def main(
             raise typer.BadParameter(f"--claims {claim!r}; there are {', '.join(CLAIMS)}")
     if quick and results.resolve() == ROOT / "docs" / "results":
         raise typer.BadParameter("--quick measures nothing: give another --results than docs/results")
-    setup = Setup(output, tuple(map(int, seeds.split(","))), seconds, prompts, quick, listing, jobs)
+    setup = Setup(output, tuple(map(int, seeds.split(","))), seconds, prompts, quick, listing, jobs, any_seconds)
     quiet()
     if not listing:
         check_plotting()

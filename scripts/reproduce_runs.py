@@ -19,7 +19,8 @@ from diffopd.load import LORA_FILE
 from diffopd.run_folder import RunFolder, atomic_write
 
 UNWATCHED = "train.validate_every=0"  # looks while training would take their seconds from it, of RL the most
-QUICK = ["train.max_train_seconds=0.0", "train.max_train_steps=2", "train.lr_warmup_steps=0"]
+SECONDS = "train.max_train_seconds="
+QUICK = [f"{SECONDS}0.0", "train.max_train_steps=2", "train.lr_warmup_steps=0"]
 QUICK += ["train.checkpointing_steps=1", "train.batch_size=2", "evaluate.num_prompts=2", "evaluate.batch_size=2"]
 
 Key, Run = TypeVar("Key", bound=Hashable), TypeVar("Run")
@@ -29,7 +30,8 @@ Key, Run = TypeVar("Key", bound=Hashable), TypeVar("Run")
 class Setup:
     """What was asked for. quick: two updates of two pictures instead of `seconds` of training, to see that all runs.
 
-    listing: commands are printed, nothing is run. jobs: trainings at a time.
+    listing: commands are printed, nothing is run. jobs: trainings at a time. any_seconds: a finished run counts
+    however long it was trained.
     """
 
     output: Path
@@ -39,6 +41,7 @@ class Setup:
     quick: bool = False
     listing: bool = False
     jobs: int = 1
+    any_seconds: bool = False
 
     @property
     def held_out(self) -> int:
@@ -75,7 +78,7 @@ def start(setup: Setup, name: str, command: list[str]) -> Path:
         print(f"diffopd {shlex.join(whole)}")
         return folder
     done = setup.output / f"{name}.json"
-    if done.is_file() and json.loads(done.read_text())["command"] == whole:
+    if done.is_file() and same(setup, json.loads(done.read_text())["command"], whole):
         print(f"{name}: finished already")
         return folder
     print(f"{name} ...", flush=True)
@@ -83,6 +86,13 @@ def start(setup: Setup, name: str, command: list[str]) -> Path:
     subprocess.run([sys.executable, "-m", "diffopd.cli", *whole], check=True, env=one_core)
     done.write_text(json.dumps({"command": whole}, indent=1))
     return folder
+
+
+def same(setup: Setup, one: list[str], other: list[str]) -> bool:
+    """Whether two commands make the same run, as far as was asked for."""
+    if setup.any_seconds:
+        one, other = ([part for part in parts if not part.startswith(SECONDS)] for parts in (one, other))
+    return one == other
 
 
 def side_by_side(setup: Setup, trainings: dict[Key, Callable[[], Run]]) -> dict[Key, Run]:
@@ -93,7 +103,7 @@ def side_by_side(setup: Setup, trainings: dict[Key, Callable[[], Run]]) -> dict[
 
 def distill(setup: Setup, name: str, seed: int, settings: Iterable[str] = (), recipe: str = "together") -> Path:
     """A distillation under `seed`; its learning rate is constant, so that a checkpoint may stand for less training."""
-    budget = [f"train.max_train_seconds={setup.seconds}", "train.checkpointing_steps=10"]
+    budget = [f"{SECONDS}{setup.seconds}", "train.checkpointing_steps=10"]
     budget = QUICK if setup.quick else budget
     fixed = [f"seed={seed}", 'train.lr_scheduler="constant"', UNWATCHED]
     fixed += ["evaluate.teachers=false", "evaluate.num_prompts=2"]
@@ -102,7 +112,7 @@ def distill(setup: Setup, name: str, seed: int, settings: Iterable[str] = (), re
 
 def teach(setup: Setup, name: str, seed: int, recipe: str, settings: Iterable[str] = (), *, share: float = 1.0) -> Path:
     """A teaching under `seed`, with `share` of the time."""
-    budget = [f"train.max_train_seconds={share * setup.seconds}", "train.checkpointing_steps=10"]
+    budget = [f"{SECONDS}{share * setup.seconds}", "train.checkpointing_steps=10"]
     if setup.quick:
         budget = [*QUICK, "sampling.num_prompts=2"]
         budget += [] if "supervised" in recipe else ["sampling.group_size=2"]

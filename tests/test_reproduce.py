@@ -155,6 +155,19 @@ def test_runs_are_given_one_core_as_the_pages_say(monkeypatch, tmp_path):
     assert given[0]["OMP_NUM_THREADS"] == "1"
 
 
+def test_a_finished_run_of_another_length_counts_only_where_that_is_asked_for(monkeypatch, tmp_path):
+    import reproduce_runs
+
+    started = []
+    monkeypatch.setattr(reproduce_runs.subprocess, "run", lambda command, **options: started.append(command))
+    for seconds, any_seconds, told in ((9, False, "text"), (9, False, "text"), (5, True, "text"), (5, True, "style")):
+        setup = reproduce_runs.Setup(tmp_path, seconds=seconds, any_seconds=any_seconds)
+        reproduce_runs.teach(setup, "nft", 0, f"{told}/nft.toml")
+    assert [command[4] for command in started] == ["text/nft.toml", "style/nft.toml"]
+    reproduce_runs.teach(reproduce_runs.Setup(tmp_path, seconds=9), "nft", 0, "style/nft.toml")
+    assert len(started) == 3, "it ran for 5 seconds"
+
+
 def test_trainings_run_side_by_side_and_keep_their_places(tmp_path):
     from reproduce_runs import Setup, side_by_side
 
