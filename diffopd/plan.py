@@ -16,12 +16,13 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from rich.console import RenderableType
+    from rich.table import Table
 
     from diffopd.data import PromptRow
     from diffopd.teacher import TeacherCard
 
 UNCOUNTED = (  # measured: docs/memory.md
-    "not in the sum: workspace of kernels, gradients of activations, what teachers compute with; in a measured run the "
+    "not in the sum: workspace of kernels, gradients of activations, what {others} compute with; in a measured run the "
     "peak was a third higher, so leave that much room"
 )
 QUERY_DRAWS = 256  # draws over which the cost of a random query is averaged
@@ -144,23 +145,39 @@ def render(plan: Plan) -> RenderableType:
     facts.add_column()
     for name, value in _facts(plan):
         facts.add_row(name, Text(value))  # a path may have brackets
-    teachers = Table("teacher", "form", "guidance", "evaluations", "prompts (train, test)", "share", box=None)
+    teachers = Table(box=None)
+    teachers.add_column("teacher", no_wrap=True)
+    for name in ("form", "guidance", "evaluations", "prompts", "held out", "share"):
+        teachers.add_column(name)
     for teacher in plan.teachers:
-        prompts = f"{teacher.train_prompts}, {teacher.test_prompts}"
-        row = (f"{teacher.guidance_scale:g}", f"{teacher.evaluations:g}", prompts, f"{teacher.share:.2f}")
+        row = (f"{teacher.guidance_scale:g}", f"{teacher.evaluations:g}")
+        row += (str(teacher.train_prompts), str(teacher.test_prompts), f"{teacher.share:.2f}")
         teachers.add_row(teacher.name, teacher.form, *row)
-    memory = Table(box=None, show_header=False, pad_edge=False)
-    for name, size in plan.memory.items():
-        memory.add_row(name, readable(size))
-    memory.add_row("sum", readable(sum(plan.memory.values())), style="bold")
+    memory = memory_table(plan.memory)
     if plan.held.encoding:
         memory.add_row("before: encoders, until prompts are stored", readable(plan.held.encoding))
     memory.add_row(f"after: evaluation in {plan.recipe.evaluate.dtype}", readable(plan.held.evaluating))
     title = f"Plan of {plan.recipe.name} ({plan.recipe.path})"
-    heading = f"Memory while training, frozen weights in {plan.recipe.train.frozen_dtype}"
-    heading += "" if "graph of one state" in plan.memory else ", without activations"
-    unsure = [Text(f"  {sentence}") for sentence in (*plan.held.unsure, UNCOUNTED)]
+    heading = memory_heading(plan)
+    unsure = [Text(f"  {sentence}") for sentence in (*plan.held.unsure, UNCOUNTED.format(others="teachers"))]
     return Group(Text(title, "bold"), facts, Text(""), teachers, Text(""), Text(heading, "bold"), memory, *unsure)
+
+
+def memory_heading(plan: Plan) -> str:
+    """What the table of memory is of."""
+    heading = f"Memory while training, frozen weights in {plan.recipe.train.frozen_dtype}"
+    return heading + ("" if "graph of one state" in plan.memory else ", without activations")
+
+
+def memory_table(sizes: dict[str, int]) -> Table:
+    """A row for each item, and their sum."""
+    from rich.table import Table
+
+    memory = Table(box=None, show_header=False, pad_edge=False)
+    for name, size in sizes.items():
+        memory.add_row(name, readable(size))
+    memory.add_row("sum", readable(sum(sizes.values())), style="bold")
+    return memory
 
 
 def _facts(plan: Plan) -> list[tuple[str, str]]:
@@ -184,8 +201,7 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
         ("walk", f"{student.num_inference_steps} steps of {_solver(plan)}, {guidance}"),
         *([("deployed", _deployed(plan))] if student.solver != "native" else []),
         *([("scored", f"at {plan.recipe.scored_steps} steps")] if plan.recipe.evaluate.student_steps else []),
-        ("timesteps", _numbers(plan.grid.timesteps if plan.grid else None, "g")),
-        ("sigmas", _numbers(plan.grid.sigmas if plan.grid else None, ".3f")),
+        *levels(plan.grid),
         ("objective", f"{objective.name}, query {objective.query}{substeps}, {objective.states} states"),
         ("update", f"{plan.pictures_per_update} pictures a process, learning rate {train.learning_rate:g}"),
         (
@@ -250,6 +266,14 @@ def _validated(plan: Plan) -> str:
         rows = ", ".join(f"{HELD_OUT[teacher.held_out]} of {teacher.name}" for teacher in plan.teachers)
     told = f"every {train.validate_every} updates, on the last {train.batch_size} {rows}"
     return told + (f"; some are scored by evaluation, too, as {', '.join(few)} in all" if few else "")
+
+
+def levels(grid: Grid | None) -> list[tuple[str, str]]:
+    """The timesteps and noise levels of a walk."""
+    return [
+        ("timesteps", _numbers(grid.timesteps if grid else None, "g")),
+        ("sigmas", _numbers(grid.sigmas if grid else None, ".3f")),
+    ]
 
 
 def _numbers(values: tuple[float, ...] | None, form: str) -> str:

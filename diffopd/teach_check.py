@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from diffopd.blueprint import BYTES
 from diffopd.buckets import called_size
 from diffopd.data import PromptRow, read_prompts
 from diffopd.errors import UserError
 from diffopd.grid import draws_noise, make_scheduler
-from diffopd.plan import make_plan, process_facts, readable
+from diffopd.plan import UNCOUNTED, Plan, levels, make_plan, memory_heading, memory_table, process_facts, visited
 from diffopd.preflight import Parts, check
 from diffopd.reward import (
     check_card_reward,
@@ -33,11 +34,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TeachParts:
-    """What a teach.toml names, found and checked. missing: packages of rewards that are still to be installed."""
+    """What a teach.toml names, found and checked.
+
+    rows: to train on; held_out: how many prompts are; missing: packages of rewards that are still to be installed.
+    """
 
     recipe: TeachRecipe
     parts: Parts
     rows: list[PromptRow]
+    held_out: int
     missing: list[str]
     hashes: dict[str, str]
 
@@ -68,7 +73,7 @@ def check_teach(recipe: TeachRecipe, *, hash_weights: bool = False) -> TeachPart
     if recipe.is_supervised and not recipe.pictures:
         _check_files(recipe, rows)
     hashes = {**parts.hashes, **_task_hashes(recipe)} if hash_weights else {}
-    return TeachParts(recipe, parts, rows, list(dict.fromkeys(missing)), hashes)
+    return TeachParts(recipe, parts, rows, len(held_out), list(dict.fromkeys(missing)), hashes)
 
 
 def try_teach_rewards(found: TeachParts) -> None:
@@ -136,18 +141,48 @@ def render_teach(found: TeachParts, processes: int = 1) -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
-    recipe = found.recipe
+    recipe, plan = found.recipe, make_plan(found.parts)
     facts = Table(box=None, show_header=False, pad_edge=False)
     facts.add_column(style="bold", no_wrap=True)
     facts.add_column()
-    for name, value in _facts(found, processes):
+    for name, value in _facts(found, plan, processes):
         facts.add_row(name, Text(value))  # a path may have brackets
-    return Group(Text(f"Plan of teaching {recipe.card.name} ({recipe.path})", "bold"), facts)
+    title = Text(f"Plan of teaching {recipe.card.name} ({recipe.path})", "bold")
+    memory = memory_table(plan.memory | _other_sides(plan))
+    unsure = [Text(f"  {sentence}") for sentence in (*plan.held.unsure, UNCOUNTED.format(others="rewards"))]
+    return Group(title, facts, Text(""), Text(memory_heading(plan), "bold"), memory, *unsure)
 
 
-def _facts(found: TeachParts, processes: int) -> list[tuple[str, str]]:
+def _other_sides(plan: Plan) -> dict[str, int]:
+    """Item -> bytes of what an estimator holds beside the trained weights (`teach_run.assemble_run`)."""
+    recipe, is_full = plan.recipe, plan.recipe.student.train == "full"
+    copied = BYTES * (plan.num_parameters if is_full else plan.num_trained)
+    held = {"base beside the trained one": copied} if is_full else {}
+    if recipe.estimator.name == "nft":
+        held["old policy"] = copied + BYTES * plan.num_trained  # and the average that it follows
+    return held
+
+
+def evaluations(plan: Plan) -> dict[str, float]:
+    """Side -> rows that its network computes in one update, as metrics.jsonl counts them.
+
+    Where a policy gradient's query names steps without noise, what is learnt from is less by them.
+    """
+    recipe, walk = plan.recipe, plan.recipe.student.num_inference_steps
+    _, asked = visited(recipe, walk)
+    learnt = recipe.num_pictures * asked * plan.student_rows
+    found = {} if recipe.is_supervised else {"rollout": recipe.num_pictures * walk * plan.student_rows}
+    found["student"] = learnt
+    if recipe.estimator.name == "nft":
+        found["old"] = learnt
+    if recipe.estimator.reference_weight:
+        found["base"] = learnt
+    return found
+
+
+def _facts(found: TeachParts, plan: Plan, processes: int) -> list[tuple[str, str]]:
     recipe = found.recipe
-    plan, train, sampling = make_plan(found.parts), recipe.train, recipe.sampling
+    train, sampling = recipe.train, recipe.sampling
     student, estimator = recipe.student, recipe.estimator
     what = f"LoRA, rank {student.rank}, alpha {student.lora_alpha}" if student.train == "lora" else "all weights"
     solver = plan.scheduler if student.solver == "native" else f"{student.solver}, noise {student.noise_level:g}"
@@ -155,12 +190,16 @@ def _facts(found: TeachParts, processes: int) -> list[tuple[str, str]]:
     ends += [f"{train.max_train_seconds:g} s"] if train.max_train_seconds else []
     pictures = recipe.pictures or "the files of the prompt rows"
     reward = " + ".join(f"{term.weight:g} x {term.reward}" for term in terms_of(recipe))
-    calls = student.num_inference_steps * plan.student_rows
+    calls = ", ".join(f"{side} {count:g}" for side, count in evaluations(plan).items())
+    left_out = "; steps without noise are left out" if estimator.name in POLICY_GRADIENT else ""
+    distance = "" if recipe.is_supervised else f", {estimator.reference_weight:g} x distance from the base"
     lines = [
         ("trained", f"{what}: {plan.num_trained:,} of {plan.num_parameters:,} denoiser parameters"),
         ("base", f"{student.pretrained_model_name_or_path} ({plan.pipeline_class})"),
-        ("estimator", f"{estimator.name}, {estimator.reference_weight:g} x distance from the base"),
+        ("estimator", f"{estimator.name}{distance}"),
         ("walk", f"{student.num_inference_steps} steps of {solver}, guidance {student.guidance_scale:g}"),
+        *levels(plan.grid),
+        ("learns at", f"query {recipe.objective.query} of these states"),
         ("pictures", pictures) if recipe.is_supervised else ("reward", reward),
         (
             "update",
@@ -168,8 +207,8 @@ def _facts(found: TeachParts, processes: int) -> list[tuple[str, str]]:
             + "s" * (sampling.optimizer_steps > 1)
             + f", learning rate {train.learning_rate:g}",
         ),
-        ("evaluations", f"{calls:g} a picture and side"),
-        ("prompts", f"{len(found.rows)} to train on" + ORDER[sampling.prompt_files]),
+        ("evaluations", f"{calls} an update (student with backward){left_out}"),
+        ("prompts", f"{len(found.rows)} to train on{ORDER[sampling.prompt_files]}, {found.held_out} held out"),
         (
             "watched",
             ", ".join(["reward", *(card.name for card in watched_cards(recipe)), "drift", "diversity"])
@@ -177,7 +216,6 @@ def _facts(found: TeachParts, processes: int) -> list[tuple[str, str]]:
             else "nothing",
         ),
         ("ends after", " or ".join(ends)),
-        ("memory", f"{readable(sum(plan.memory.values()))} in float32, without the old policy and rewards"),
         *process_facts(processes),
         ("output_dir", recipe.output_dir),
     ]

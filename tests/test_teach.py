@@ -21,9 +21,10 @@ from diffopd.cli import app
 from diffopd.errors import UserError
 from diffopd.load import load_pipeline
 from diffopd.lock import at_work
+from diffopd.plan import make_plan
 from diffopd.query import supervised_states
 from diffopd.run_folder import LOCK, RunFolder
-from diffopd.teach_check import check_teach
+from diffopd.teach_check import check_teach, evaluations
 from diffopd.teach_recipe import read_teach_recipe
 from diffopd.teach_run import assemble_run
 from diffopd.teacher import teacher_card, weights_sha256
@@ -51,6 +52,7 @@ batch_size = 2
 """
 SAMPLING = "\n[sampling]\nnum_prompts = 2\ngroup_size = 6\n"
 NOISY = "student.solver=ddim", "student.noise_level=1.0", "student.num_inference_steps=3"
+FIRST = "objective.query={indices=[0]}"
 PICTURES = """
 from PIL import Image
 
@@ -81,6 +83,11 @@ def run(folder: Path, *overrides: str, name: str = "run") -> RunFolder:
     made = RunFolder.create(recipe.output_dir, recipe, check_teach(recipe, hash_weights=True).hashes)
     assert loop.teach(recipe, made)
     return made
+
+
+def planned(folder: Path, *overrides: str) -> dict[str, float]:
+    """The network's rows of an update, by side, as the plan tells them."""
+    return evaluations(make_plan(check_teach(read_teach_recipe(str(folder), [*overrides])).parts))
 
 
 def curve(made: RunFolder, key: str) -> list[float]:
@@ -191,9 +198,11 @@ def test_held_out_pictures_are_drawn_by_the_bases_scheduler_whatever_samples(fol
 def test_the_old_policy_samples_and_the_base_is_asked_only_where_distance_costs(folder):
     write(folder, updates=1)
     calls = run(folder).metrics()[0]["network_calls"]
-    assert calls == {"rollout": 24, "student": 24, "old": 24, "base": 24}
+    assert calls == {"rollout": 24, "student": 24, "old": 24, "base": 24} == planned(folder)
     calls = run(folder, "estimator.kl_weight=0.0", name="free").metrics()[0]["network_calls"]
-    assert calls == {"rollout": 24, "student": 24, "old": 24}
+    assert calls == {"rollout": 24, "student": 24, "old": 24} == planned(folder, "estimator.kl_weight=0.0")
+    write(folder, "grpo", 1)
+    assert run(folder, *NOISY, FIRST, name="policy").metrics()[0]["network_calls"] == planned(folder, *NOISY, FIRST)
 
 
 def test_optimizer_steps_share_the_pictures_and_move_the_ratio_from_1(folder):
@@ -330,7 +339,18 @@ def test_the_plan_names_estimator_reward_and_what_is_watched_without_making_anyt
     assert shown.exit_code == 0, shown.output
     for words in ("grpo, 0.04 x distance", "ddim, noise 0.7", "1 x reward.py:brightness", "2 prompts x 6 pictures"):
         assert words in shown.output
+    assert "steps without noise are left out" in shown.output and "old policy" not in shown.output
     assert not (folder.parent / "run").exists()
+    write(folder)
+    shown = command(folder, "--dry-run", "--output-dir", folder.parent / "run").output
+    assert "rollout 24, student 24, old 24, base 24 an update" in " ".join(shown.split()) and "old policy" in shown
+
+
+def test_each_way_of_teaching_has_a_run_folder_of_its_own(folder):
+    again = write(folder).rename(folder / "again.toml")
+    write(folder)
+    assert read_teach_recipe(str(folder)).output_dir == "runs/teach-dots"
+    assert read_teach_recipe(str(again)).output_dir == "runs/teach-dots-again"
 
 
 REFUSED = [
