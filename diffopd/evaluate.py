@@ -375,7 +375,7 @@ def _write(
 def result_row(result: Result, asked: Sequence[Hashable], seeds: list[int]) -> dict[str, Any]:
     """A result as scores.json holds it; asked: what each of its prompts asks for (`data.asked_of`)."""
     model, steps, scale = result.contender
-    low, high = bootstrap_interval(result.scores, groups=asked)
+    low, high = bootstrap_interval(result.scores, groups=asked, shares=True)
     return {
         "model": model,
         "task": result.task,

@@ -8,22 +8,33 @@ from typing import Any
 import numpy as np
 
 RESAMPLES = 2000
+OUTSIDE = 0.025  # on each side of an interval
 Scores = Sequence[float] | np.ndarray
 
 
 def bootstrap_interval(
-    scores: Scores, *, groups: Sequence[Hashable] | None = None, seed: int = 0, resamples: int = RESAMPLES
+    scores: Scores,
+    *,
+    groups: Sequence[Hashable] | None = None,
+    shares: bool = False,
+    seed: int = 0,
+    resamples: int = RESAMPLES,
 ) -> tuple[float, float]:
     """95 % percentile interval of the mean score, by the randomised cluster bootstrap (Field and Welsh 2007).
 
     scores: (prompts,), seeds averaged first, or (trainings, prompts); several trainings are drawn, too.
     groups: one value per prompt, equal for prompts that ask for the same (`data.asked_of`). They are drawn together,
     for their scores depend on each other. None, or one group for all: each prompt is its own.
+    shares: scores are from 0 to 1, and where all are 0, or all 1, of which a bootstrap draws nothing else, the other
+    bound is that of Clopper and Pearson (1934) for as many trials as groups.
 
     Raises ValueError for another number of groups than of prompts.
     """
     rows = np.atleast_2d(np.asarray(scores, dtype=np.float64))
     drawn = _draws(rows.shape, groups, seed, resamples)
+    if shares and rows.min() == rows.max() and rows.flat[0] in (0, 1):
+        reach = OUTSIDE ** (1 / drawn[1].shape[1])
+        return (reach, 1.0) if rows.flat[0] else (0.0, 1 - reach)
     return _interval(_sums(rows, *drawn) / _sums(np.ones((1, rows.shape[1])), *drawn))
 
 
@@ -78,7 +89,7 @@ def _sums(rows: np.ndarray, member: np.ndarray, picks: np.ndarray, runs: np.ndar
 
 
 def _interval(values: np.ndarray) -> tuple[float, float]:
-    low, high = np.quantile(values, (0.025, 0.975))
+    low, high = np.quantile(values, (OUTSIDE, 1 - OUTSIDE))
     return float(low), float(high)
 
 

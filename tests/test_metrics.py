@@ -18,6 +18,17 @@ def test_equal_scores_have_no_width():
     assert bootstrap_interval([0.5] * 10) == (0.5, 0.5)
 
 
+@pytest.mark.parametrize("score", [0.0, 1.0])
+def test_shares_that_are_all_right_or_all_wrong_keep_the_doubt_of_their_number(score):
+    """Clopper and Pearson: at the bound, 40 of 40 would still come out in one of 40 trials."""
+    low, high = bootstrap_interval([score] * 120, groups=[n // 3 for n in range(120)], shares=True)
+    worst = low if score else 1 - high
+    assert worst**40 == pytest.approx(0.025) and (high if score else 1 - low) == 1
+    assert bootstrap_interval([0.5] * 10, shares=True) == (0.5, 0.5)
+    mixed = [score] * 9 + [1 - score]
+    assert bootstrap_interval(mixed, shares=True) == bootstrap_interval(mixed)
+
+
 def test_pairing_makes_the_ratio_of_correlated_scores_narrow():
     rng = np.random.default_rng(1)
     reference = rng.integers(0, 2, 500).astype(float)
