@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import re
 import shutil
+import tomllib
 from pathlib import Path
 
 from diffopd.checkpoint import flush
 from diffopd.errors import UserError
 from diffopd.load import LORA_FILE
 from diffopd.run_folder import RunFolder, atomic_write
+from diffopd.settings import read_toml
 from diffopd.teach_recipe import TeachRecipe
-from diffopd.teacher import weight_files, weights_sha256
-
-SHA256 = re.compile(r'(?m)^sha256\s*=\s*"[0-9a-f]*"')
-WEIGHTS = re.compile(r"(?m)^weights\s*=.*$")
+from diffopd.teacher import TeacherCard, weight_files, weights_sha256
 
 
 def target_of(recipe: TeachRecipe) -> Path:
@@ -26,7 +24,7 @@ def target_of(recipe: TeachRecipe) -> Path:
 
 
 def check_writable(recipe: TeachRecipe, *, overwrite: bool) -> None:
-    """Before training: nothing would be lost by writing. Raises UserError where weights are there already."""
+    """Before training: nothing would be lost by writing, and the card can take a sha256. Raises UserError otherwise."""
     target = target_of(recipe)
     if recipe.card.form == "full" and target.suffix:
         raise UserError(
@@ -38,6 +36,7 @@ def check_writable(recipe: TeachRecipe, *, overwrite: bool) -> None:
             f"{target}: holds weights, which --write would replace. Nothing was trained or written; add --overwrite to "
             "replace them at the end, or leave --write out and take them from the run's last checkpoint."
         )
+    _with_sha256(recipe.card, "0" * 64)
 
 
 def write_weights(recipe: TeachRecipe, run: RunFolder, *, overwrite: bool = False) -> Path:
@@ -55,7 +54,7 @@ def write_weights(recipe: TeachRecipe, run: RunFolder, *, overwrite: bool = Fals
         atomic_write(target, (checkpoint / LORA_FILE).read_bytes())
     else:
         _replace_folder(_denoiser_folder(checkpoint), target)
-    _write_sha256(recipe, weights_sha256(target))
+    atomic_write(recipe.card.path, _with_sha256(recipe.card, weights_sha256(target)))
     return target
 
 
@@ -75,11 +74,25 @@ def _replace_folder(source: Path, target: Path) -> None:
     partial.rename(target)
 
 
-def _write_sha256(recipe: TeachRecipe, digest: str) -> None:
-    card = recipe.card.path
-    text, line = card.read_text(encoding="utf-8"), f'sha256 = "{digest}"'
-    if SHA256.search(text):
-        text = SHA256.sub(line, text, count=1)
-    else:
-        text = WEIGHTS.sub(lambda found: f"{found[0]}\n{line}", text, count=1)
-    atomic_write(card, text)
+def _with_sha256(card: TeacherCard, digest: str) -> str:
+    """The card's text with this sha256, in place of the line that has one or after that of the weights.
+
+    Raises UserError for a card that is written in such a way that the line cannot be put there.
+    """
+    data, source = read_toml(card.path)  # as it is now: it may have been edited while the teacher was taught
+    lines, told = source.text.splitlines(), f'sha256 = "{digest}"'
+    if ("sha256",) in source.lines:
+        lines[source.lines["sha256",] - 1] = told
+    elif ("weights",) in source.lines:
+        lines.insert(source.lines["weights",], told)
+    text = "\n".join(lines) + "\n"
+    try:
+        is_right = tomllib.loads(text) == data | {"sha256": digest}
+    except tomllib.TOMLDecodeError:
+        is_right = False
+    if not is_right:
+        raise UserError(
+            f"{card.place('weights')}: --write puts a sha256 on a line of its own, which this card does not allow. "
+            'Write weights = "..." (and sha256, if it is there) on a line each, above all tables.'
+        )
+    return text
