@@ -340,7 +340,7 @@ def _draw_grid(
             name = contender.model.replace(":", "-")
             (target / "grid" / name).mkdir(parents=True, exist_ok=True)
             images = next(pictures(contender, rows, task.name, recipe.evaluate.seeds[0], GRID_PICTURES))
-            scores = task.reward(images, [row.prompt for row in rows], [row.metadata for row in rows])
+            scores = sampling.score(task.reward, images, rows)
             for entry, image, score in zip(entries, images, scores, strict=True):
                 file = f"grid/{name}/{task.name}-{entry['index']}.png"
                 image.save(target / file)

@@ -7,7 +7,7 @@ import importlib.util
 import inspect
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,18 +20,31 @@ from diffopd.rewards import SHIPPED
 from diffopd.teach_recipe import TeachRecipe
 from diffopd.teacher import Reward, RewardSettings, TeacherCard, file_sha256, load_reward, reward_files
 
+SLACK = 1e-6  # of a mean in float32
+FROM_0_TO_1 = (
+    "a card's function scores from 0 to 1. Scale it, or write it as [[rewards]], a sum, "
+    "which may give any finite number."
+)
+
 
 @dataclass(frozen=True)
 class WeightedSum:
-    """sum of weight x reward over named terms; a reward of one term is that term times its weight."""
+    """sum of weight x reward over named terms; a reward of one term is that term times its weight.
+
+    shares: the sum must lie in [0, 1], as that of a card's one function.
+    """
 
     terms: tuple[tuple[str, float, Reward], ...]
+    shares: bool = False
 
     def __call__(self, images: list[Any], prompts: list[str], metadata: list[dict[str, Any]]) -> np.ndarray:
-        """(B,) float64. Raises ValueError for a term that gives anything but B numbers."""
+        """(B,) float64. Raises ValueError for a term that gives anything but B numbers, or a share out of place."""
         total = np.zeros(len(images))
         for name, weight, reward in self.terms:
             total += weight * _scores(name, reward(images, prompts, metadata), len(images))
+        outside = total[(total < -SLACK) | (total > 1 + SLACK)] if self.shares else total[:0]
+        if len(outside):
+            raise ValueError(f"reward {self.terms[0][0]!r} scored {outside[0]:g}, and {FROM_0_TO_1}")
         return total
 
 
@@ -40,6 +53,7 @@ def _scores(name: str, given: Any, count: int) -> np.ndarray:
     import torch
 
     try:
+        given = given.detach() if isinstance(given, torch.Tensor) else given  # a network's answer: no gradient is taken
         scores = torch.as_tensor(given, dtype=torch.float64).cpu().numpy()
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
@@ -65,12 +79,12 @@ def reward_of(recipe: TeachRecipe) -> Reward:
 
     Raises UserError for a missing file, function, package or weights, saying what to install or download.
     """
-    return _summed(_terms(recipe))
+    return card_reward(recipe.card) if not recipe.rewards else _summed(_terms(recipe))
 
 
 def card_reward(card: TeacherCard) -> Reward:
     """The reward that scores a teacher's task, its networks loaded. Raises UserError as `reward_of`."""
-    return _summed(_terms_of_card(card))
+    return replace(_summed(_terms_of_card(card)), shares=not card.rewards and ":" in card.reward)
 
 
 def terms_of(recipe: TeachRecipe) -> list[RewardSettings]:
@@ -84,6 +98,17 @@ def check_reward(recipe: TeachRecipe) -> list[str]:
     Raises UserError for an unknown name, an option that it does not take, or a file that cannot be imported.
     """
     return _checked(_terms(recipe))
+
+
+def missing_folders(recipe: TeachRecipe) -> list[str]:
+    """What options of shipped rewards name that is neither beside the teacher nor a hub id."""
+    named = {"model", "processor", "detector", "color_model", "head"}
+    return [
+        f"{value!r} (options.{key} of {term.settings.reward!r})"
+        for term in _terms(recipe)
+        for key, value in term.settings.options.items()
+        if key in named and isinstance(value, str) and "/" not in value and not (term.folder / value).exists()
+    ]
 
 
 def check_card_reward(card: TeacherCard) -> list[str]:
@@ -125,8 +150,7 @@ def try_card_reward(card: TeacherCard, rows: Sequence[PromptRow], size: tuple[in
         outside = scores[(scores < 0) | (scores > 1)]
         if not card.rewards and len(outside):
             raise UserError(
-                f"{term.place}: {term.settings.reward!r} scored a blank picture {outside[0]:g}, and a card's function "
-                "scores from 0 to 1. Scale it, or write it as [[rewards]], a sum, which may give any finite number."
+                f"{term.place}: {term.settings.reward!r} scored a blank picture {outside[0]:g}, and {FROM_0_TO_1}"
             )
 
 
@@ -141,7 +165,7 @@ def _tried(term: _Term, rows: Sequence[PromptRow], size: tuple[int, int]) -> np.
     try:
         given = reward(images, [row.prompt for row in asked], [dict(row.metadata) for row in asked])
         scores = _scores(term.settings.reward, given, len(images))
-    except Exception as error:  # whatever the user's code raises
+    except (Exception, SystemExit) as error:  # whatever the user's code raises
         why = f"{type(error).__name__}: {str(error).rstrip('.')}{_line_in(term, error)}"
         raise UserError(
             f"{term.place}: {term.settings.reward!r} was tried on two blank pictures of {size[0]} x {size[1]} pixels "
@@ -164,7 +188,7 @@ def _check_rows(terms: list[_Term], files: Sequence[Path], *, download: bool) ->
             for number, row in enumerate(read_prompts(file), start=1):
                 try:
                     check([row.prompt], [dict(row.metadata)])
-                except Exception as error:  # whatever the user's code raises
+                except (Exception, SystemExit) as error:  # whatever the user's code raises
                     told = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
                     raise UserError(
                         f"{file}:{number}: the reward {term.settings.reward!r} ({term.place}) cannot score this row: "
@@ -238,6 +262,9 @@ def _checked(terms: list[_Term]) -> list[str]:
                 raise UserError(
                     f"{term.place}: reward {term.settings.reward!r} takes no option {key!r}.{suggestion(key, known)}"
                 )
+        for key, why in getattr(kind, "needs", {}).items():
+            if key not in term.settings.options:
+                raise UserError(f"{term.place}: reward {term.settings.reward!r} needs options.{key}. {why}")
         missing += [name for name in kind.packages if importlib.util.find_spec(name) is None]
     return list(dict.fromkeys(missing))
 

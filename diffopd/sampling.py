@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from diffopd import reward as sums
 from diffopd.data import PromptRow
 from diffopd.drive import Call, Walk, next_sample
 from diffopd.errors import UserError
@@ -18,6 +19,7 @@ from diffopd.prediction import Step, Transition
 from diffopd.supervise import Manner, StudentWalk, Watch
 from diffopd.teacher import Reward
 
+NOT_THE_REWARDS = (__file__, sums.__file__)  # what stands between a training and a reward's own lines
 Noise = Callable[[int], Tensor]
 
 
@@ -118,9 +120,10 @@ def score(reward: Reward, images: list[Any], rows: list[PromptRow]) -> Tensor:
     """
     try:
         given = reward(images, [row.prompt for row in rows], [row.metadata for row in rows])
-    except (ValueError, KeyError) as error:
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        told = f"{type(error).__name__}: {error} ({last.filename}:{last.lineno})"
+    except (ValueError, KeyError, SystemExit) as error:
+        lines = [f for f in traceback.extract_tb(error.__traceback__) if f.filename not in NOT_THE_REWARDS]
+        place = f" ({lines[-1].filename}:{lines[-1].lineno})" if lines else ""
+        told = f"{type(error).__name__}: {str(error).rstrip('.')}{place}"
         raise UserError(f"The reward cannot score pictures, of {rows[0].prompt!r} and others: {told}.") from error
     scores = torch.as_tensor(given, dtype=torch.float64).cpu().flatten()
     if len(scores) != len(images):

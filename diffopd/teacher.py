@@ -263,7 +263,7 @@ def _import_file(path: Path, spec: str) -> Any:
     sys.modules[name] = module
     try:
         module_spec.loader.exec_module(module)
-    except Exception as error:  # whatever the user's code raises
+    except (Exception, SystemExit) as error:  # whatever the user's code raises
         del sys.modules[name]
         raise UserError(f"reward {spec!r}: {path} cannot be imported: {type(error).__name__}: {error}") from error
     return module

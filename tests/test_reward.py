@@ -17,6 +17,7 @@ from diffopd.reward import (
     WeightedSum,
     check_reward,
     check_rows,
+    missing_folders,
     reward_hashes,
     reward_of,
     try_card_reward,
@@ -76,8 +77,16 @@ def test_a_missing_package_is_said_by_the_plan_and_stops_a_run_before_its_weight
 def test_missing_weights_stop_a_run_with_the_download_that_is_needed(recipe_with):
     with pytest.raises(UserError, match="hf download nobody/nothing"):
         reward_of(recipe_with('rewards = [{reward = "clip_score", options = {model = "nobody/nothing"}}]'))
-    with pytest.raises(UserError, match="options.head is missing"):
-        reward_of(recipe_with('rewards = [{reward = "aesthetic"}]'))
+    for name, option in (("aesthetic", "head"), ("hps_v2", "model")):
+        with pytest.raises(UserError, match=rf"teach.toml:1: reward '{name}' needs options.{option}. "):
+            check_reward(recipe_with(f'rewards = [{{reward = "{name}"}}]'))
+
+
+def test_what_an_option_names_and_nobody_has_is_told_by_the_plan(recipe_with, tmp_path):
+    recipe = recipe_with('rewards = [{reward = "hps_v2", options = {model = "hps"}}, {reward = "clip_score"}]')
+    assert missing_folders(recipe) == ["'hps' (options.model of 'hps_v2')"]
+    (recipe.card.folder / "hps").mkdir()
+    assert missing_folders(recipe) == []
 
 
 @pytest.mark.parametrize(
@@ -86,12 +95,20 @@ def test_missing_weights_stop_a_run_with_the_download_that_is_needed(recipe_with
         (lambda *_: [0.5], "1 score for 2 pictures"),
         (WeightedSum((("glow", 1.0, lambda *_: 0.5),)), "'glow' gave one number for 2 pictures"),
         (lambda *_: [0.5, float("inf")], "picture of 'b' is inf"),
-        (lambda images, prompts, metadata: metadata[0]["word"], "KeyError: 'word'"),
+        (lambda images, prompts, metadata: metadata[0]["word"], r"KeyError: 'word' \(.*test_reward.py:\d+\)"),
+        (lambda *_: sys.exit("no GPU"), r"SystemExit: no GPU \(.*test_reward.py:\d+\)"),
+        (
+            WeightedSum((("glow", 1.0, lambda *_: [1, 5]),), shares=True),
+            r"'glow' scored 5, and a card's function scores",
+        ),
+        (WeightedSum((("glow", 1.0, lambda *_: [1]),)), r"'glow' gave 1 score for 2 .* one for each\.$"),
     ],
 )
 def test_scores_that_are_not_one_finite_number_a_picture_are_refused(given, words):
     with pytest.raises(UserError, match=words):
         score(given, IMAGES, [PromptRow("a"), PromptRow("b")])
+    learnt = WeightedSum((("glow", 2.0, lambda *_: torch.tensor([0.5, 1.0], requires_grad=True)),))
+    assert score(learnt, IMAGES, [PromptRow("a")] * 2).tolist() == [1.0, 2.0], "a network's own answer"
     assert torch.equal(
         score(lambda *_: np.array([[1], [2]]), IMAGES, [PromptRow("a")] * 2), torch.tensor([1.0, 2.0]).double()
     )
@@ -104,6 +121,7 @@ BROKEN = {
     "too few": ("return [0.5]", "gave 1 score for 2 pictures"),
     "no numbers": ("return [None] * len(images)", "gave list for 2 pictures, not a list of one number for each"),
     "nothing": ("pass", "gave NoneType for 2 pictures"),
+    "gives up": ("import sys; sys.exit('no GPU')", r"SystemExit: no GPU \(.*/reward.py:5\)\."),
     "not finite": ("return [0.5, float('nan')]", "scored a blank picture nan, and scores must be finite"),
 }
 

@@ -145,8 +145,6 @@ def test_the_aesthetic_head_is_the_published_stack_of_linear_layers(clip, tmp_pa
         (lambda: ClipScore("nobody/nothing"), OSError, "hf download nobody/nothing"),
         (lambda: DinoSimilarity("nobody/nothing"), OSError, "hf download nobody/nothing"),
         (lambda: Composition("nobody/nothing"), OSError, "hf download nobody/nothing"),
-        (HPSv2, ValueError, "options.model is missing"),
-        (Aesthetic, ValueError, "options.head is missing"),
         (lambda: Aesthetic("head.pth"), ValueError, "not a .safetensors"),
     ],
 )

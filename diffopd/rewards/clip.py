@@ -18,6 +18,7 @@ class ClipScore:
     """
 
     packages: tuple[str, ...] = ()
+    needs: dict[str, str] = {}
 
     def __init__(
         self, model: str = "openai/clip-vit-large-patch14", processor: str | None = None, device: str | None = None
@@ -72,17 +73,14 @@ class HPSv2(ClipScore):
     or hub id of its conversion to transformers' layout with .safetensors weights.
     """
 
+    needs = {
+        "model": "The authors publish pickled weights only, which are never loaded: give a folder or hub id of HPSv2 "
+        "as a transformers CLIPModel with .safetensors weights."
+    }
+
     def __init__(
-        self,
-        model: str | None = None,
-        processor: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
-        device: str | None = None,
+        self, model: str, processor: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", device: str | None = None
     ) -> None:
-        if model is None:
-            raise ValueError(
-                "options.model is missing. The authors publish pickled weights only, which are never loaded: give a "
-                "folder or hub id of HPSv2 as a transformers CLIPModel with .safetensors weights."
-            )
         super().__init__(model, processor, device)
 
 
@@ -93,13 +91,11 @@ class Aesthetic(ClipScore):
     and never loaded here; docs/teach.md says how to convert it once.
     """
 
-    def __init__(
-        self, head: str | None = None, model: str = "openai/clip-vit-large-patch14", device: str | None = None
-    ) -> None:
+    needs = {"head": "It is a .safetensors file of the published head (docs/teach.md says how to convert it)."}
+
+    def __init__(self, head: str, model: str = "openai/clip-vit-large-patch14", device: str | None = None) -> None:
         from torch import nn
 
-        if head is None:
-            raise ValueError("options.head is missing: a .safetensors file of the aesthetic head (docs/teach.md).")
         state = _head_state(head)
         super().__init__(model, device=device)
         layers = [nn.Linear(*reversed(state[f"layers.{place}.weight"].shape)) for place in PLACES]
