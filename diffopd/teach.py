@@ -58,7 +58,11 @@ def teach(recipe: TeachRecipe, folder: RunFolder) -> bool:
         log = stack.enter_context(TeachLog(folder, recipe, trained.progress, is_main=run.processes.is_main))
         if recipe.train.validate_every and not trained.progress.update:
             log.validation(held_out(run, trained))
+        begun, every = trained.progress.update, recipe.train.validate_every
         reason = run_updates(run, trained, folder, log, one_round, held_out)
+        has_moved = trained.progress.update > begun
+        if every and has_moved and trained.progress.update % every and reason != INTERRUPTED:  # of what was made
+            log.validation(held_out(run, trained))
         log.stop(reason)
     run.processes.wait()
     return reason != INTERRUPTED
@@ -172,6 +176,12 @@ def encoded(run: TeachRun, update: int, numbers: list[int]) -> Tensor:
     images = run.pictures([row.prompt for row in rows], [row.metadata for row in rows], seeds)
     if len(images) != len(rows):
         raise UserError(f"pictures = {run.recipe.pictures!r} gave {len(images)} pictures for {len(rows)} rows.")
+    sizes = list(dict.fromkeys(f"{image.width} x {image.height}" for image in images))
+    if len(sizes) > 1:
+        raise UserError(
+            f"pictures = {run.recipe.pictures!r} gave pictures of {' and '.join(sizes)} pixels. Give all of the "
+            "size that the pipeline draws."
+        )
     return as_states(run.student.pipeline, encode_images(run.student.pipeline, images))
 
 

@@ -11,6 +11,7 @@ from diffopd.buckets import called_size
 from diffopd.data import PromptRow, read_prompts
 from diffopd.errors import UserError
 from diffopd.grid import draws_noise, make_scheduler
+from diffopd.image_file import BadPicture, examine
 from diffopd.plan import UNCOUNTED, Plan, levels, make_plan, memory_heading, memory_table, process_facts, visited
 from diffopd.preflight import Parts, check
 from diffopd.reward import (
@@ -18,6 +19,7 @@ from diffopd.reward import (
     check_card_rows,
     check_reward,
     check_rows,
+    missing_folders,
     picture_function,
     reward_hashes,
     terms_of,
@@ -71,7 +73,7 @@ def check_teach(recipe: TeachRecipe, *, hash_weights: bool = False) -> TeachPart
         check_card_rows(scored, download=hash_weights)
     picture_function(recipe)
     if recipe.is_supervised and not recipe.pictures:
-        _check_files(recipe, rows)
+        _check_files(recipe, called_size(recipe.student.call, parts.base))
     hashes = {**parts.hashes, **_task_hashes(recipe)} if hash_weights else {}
     return TeachParts(recipe, parts, rows, len(held_out), list(dict.fromkeys(missing)), hashes)
 
@@ -118,20 +120,36 @@ def _check_noise(recipe: TeachRecipe, parts: Parts) -> None:
         )
 
 
-def _check_files(recipe: TeachRecipe, rows: list[PromptRow]) -> None:
-    files = recipe.card.prompts.files("train")
-    for number, row in enumerate(rows, start=1):
+def _check_files(recipe: TeachRecipe, size: tuple[int, int]) -> None:
+    """Open the picture of every training row; all must have the (width, height) that the pipeline draws."""
+    from rich.progress import track
+
+    named = [
+        (f"{file}:{number}", row)
+        for file in recipe.card.prompts.files("train")
+        for number, row in enumerate(read_prompts(file), start=1)
+    ]
+    for place, row in track(named, "pictures", transient=True, disable=len(named) < MANY):
         name = row.metadata.get("file_name")
         if not isinstance(name, str) or not Path(name).is_file():
             wrong = f"its picture {name} is not there" if isinstance(name, str) else 'it names no picture ("file_name")'
-            place = f"{files[0]}:{number}" if len(files) == 1 else f"{recipe.card.path}: prompt {row.prompt!r}"
             raise UserError(
                 f"{place}: a supervised teacher learns from pictures, but {wrong}. Give "
                 'every row one, beside the prompt file, or set pictures = "file.py:function" in '
                 f"{recipe.path.name}."
             )
+        try:
+            found = examine(Path(name)).size
+        except BadPicture as error:
+            raise UserError(f"{place}: the picture {name} {error}") from error
+        if found != size:
+            raise UserError(
+                f"{place}: the picture {name} has {found[0]} x {found[1]} pixels, and this pipeline draws "
+                f"{size[0]} x {size[1]}. Crop or scale it, or set student.call.width and student.call.height."
+            )
 
 
+MANY = 200  # pictures that take a while to open
 ORDER = {"in_turn": "", "one_after_another": ", one file after another, each for its part of the updates"}
 
 
@@ -192,6 +210,7 @@ def _facts(found: TeachParts, plan: Plan, processes: int) -> list[tuple[str, str
     reward = " + ".join(f"{term.weight:g} x {term.reward}" for term in terms_of(recipe))
     calls = ", ".join(f"{side} {count:g}" for side, count in evaluations(plan).items())
     left_out = "; steps without noise are left out" if estimator.name in POLICY_GRADIENT else ""
+    watched = [*([recipe.card.name] if recipe.rewards else []), *(card.name for card in watched_cards(recipe))]
     distance = "" if recipe.is_supervised else f", {estimator.reference_weight:g} x distance from the base"
     lines = [
         ("trained", f"{what}: {plan.num_trained:,} of {plan.num_parameters:,} denoiser parameters"),
@@ -211,12 +230,12 @@ def _facts(found: TeachParts, plan: Plan, processes: int) -> list[tuple[str, str
         ("prompts", f"{len(found.rows)} to train on{ORDER[sampling.prompt_files]}, {found.held_out} held out"),
         (
             "watched",
-            ", ".join(["reward", *(card.name for card in watched_cards(recipe)), "drift", "diversity"])
-            if train.validate_every
-            else "nothing",
+            ", ".join(["reward", *watched, "drift", "diversity"]) if train.validate_every else "nothing",
         ),
         ("ends after", " or ".join(ends)),
         *process_facts(processes),
         ("output_dir", recipe.output_dir),
     ]
-    return lines + ([("to install", f"{', '.join(found.missing)}: a reward needs it")] if found.missing else [])
+    unmade = [] if recipe.is_supervised else missing_folders(recipe)
+    lines += [("to install", f"{', '.join(found.missing)}: a reward needs it")] if found.missing else []
+    return lines + ([("to put there", ", ".join(unmade))] if unmade else [])

@@ -22,6 +22,13 @@ OF_ESTIMATOR = {
     "grpo": WITH_REWARD | {"clip_range", "log_prob", "kl"},
     "grpo_guard": WITH_REWARD | {"clip_range", "log_prob", "kl"},
 }
+# Of [student]: what the card gives where it is not given, by its key there.
+OF_CARD = {
+    "pretrained_model_name_or_path": "base",
+    "train": "form",
+    "num_inference_steps": "num_inference_steps",
+    "guidance_scale": "guidance_scale",
+}
 KL_WEIGHT = {"supervised": 0.0, "nft": 1e-4, "grpo": 0.04, "grpo_guard": 0.04}  # as released
 POLICY_GRADIENT = ("grpo", "grpo_guard")
 # Of the tables that a distill recipe has as well, the keys that teaching reads.
@@ -110,6 +117,13 @@ class TeachRecipe(Recipe):
         """The teacher that is taught."""
         return self._card
 
+    def place(self, *location: str | int) -> str:
+        """As in any recipe; the card's file and line of what its student takes from there."""
+        of_card = OF_CARD.get(location[1]) if location[0] == "student" and len(location) == 2 else None
+        if of_card and location not in (*self._source.lines, *self._source.replaced):
+            return self.card.place(of_card)
+        return super().place(*location)
+
     @property
     def is_supervised(self) -> bool:
         """Whether it learns from pictures instead of a reward."""
@@ -174,7 +188,9 @@ def find_teach(name: str) -> Path:
             raise UserError(f"{name}: there is no such file, neither here nor on the shelf {held[1].parent}.")
         find_teacher(str(found.absolute().parent), Path.cwd())
         return found.absolute()
-    folder = find_teacher(name, Path.cwd())
+    shipped = shelf("teachers") / name  # also unmade/sd35-ocr, which is on no list
+    is_shipped = (shipped / "teacher.toml").is_file() and not (Path(name).expanduser() / "teacher.toml").is_file()
+    folder = shipped if is_shipped else find_teacher(name, Path.cwd())
     if not (folder / "teach.toml").is_file():
         others = [path.name for path in sorted(folder.glob("*.toml")) if path.name != "teacher.toml"]
         known = f" It has {', '.join(others)}: give the path of one." if others else ""
@@ -183,12 +199,9 @@ def find_teach(name: str) -> Path:
 
 
 def _student_of_card(student: Any, card: TeacherCard) -> None:
-    if not isinstance(student, dict):
-        return  # the validation says so
-    student.setdefault("pretrained_model_name_or_path", card.base)
-    student.setdefault("train", card.form)
-    student.setdefault("num_inference_steps", card.num_inference_steps)
-    student.setdefault("guidance_scale", card.guidance_scale)
+    if isinstance(student, dict):  # if not, the validation says so
+        for key, of_card in OF_CARD.items():
+            student.setdefault(key, getattr(card, of_card))
 
 
 def _refuse_without_effect(recipe: TeachRecipe) -> None:
@@ -223,11 +236,11 @@ def _refuse(recipe: TeachRecipe, is_given: bool, key: str, why: str) -> None:
 def _check_student(recipe: TeachRecipe) -> None:
     """What is taught must be what the card describes."""
     card, student = recipe.card, recipe.student
-    for key, of_card in (("train", card.form), ("pretrained_model_name_or_path", card.base)):
-        given = {"train": student.train}.get(key, student.pretrained_model_name_or_path)
-        if given != of_card:
+    for key in ("train", "pretrained_model_name_or_path"):
+        given, said = getattr(student, key), getattr(card, OF_CARD[key])
+        if given != said:
             raise UserError(
-                f"{recipe.place('student', key)}: student.{key} = {given!r}, but {card.path} says {of_card!r}. "
+                f"{recipe.place('student', key)}: student.{key} = {given!r}, but {card.path} says {said!r}. "
                 "Remove it here, or correct the card."
             )
     if student.solver != "native" and recipe.estimator.name not in POLICY_GRADIENT:

@@ -134,8 +134,27 @@ def test_pictures_may_come_from_the_files_of_the_prompt_rows(folder):
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert curve(run(folder), "loss")[0] > 0
     Image.new("RGB", (32, 16), "red").save(folder / "prompts" / "red.png")
-    with pytest.raises(UserError, match=r"shape \(4, 8, 16\), but this pipeline walks on \(4, 8, 8\)"):
+    with pytest.raises(UserError, match=r"train.jsonl:1: the picture .*red.png has 32 x 16 pixels, .* draws 16 x 16"):
         run(folder, name="wide")
+    (folder / "prompts" / "red.png").write_text("nonsense")
+    assert "train.jsonl:1: the picture" in (told := command(folder, "--dry-run").output) and "can be read" in told
+
+
+@pytest.mark.parametrize(
+    ("size", "words"),
+    [
+        ("(32, 16)", r"\(4, 8, 16\), but this pipeline walks on \(4, 8, 8\)"),
+        ("(16, 16 + 8 * (n % 2))", "16 x 16 and 16 x 24"),
+    ],
+)
+def test_drawn_pictures_of_another_size_are_refused(folder, size, words):
+    write(folder, "supervised", 1, "\n[sampling]\nnum_prompts = 2\n")
+    path = folder / "teach.toml"
+    path.write_text('pictures = "pictures.py:plain"\n' + path.read_text())
+    new = f'[Image.new("RGB", {size}) for n, seed in enumerate(seeds)]'
+    (folder / "pictures.py").write_text(PICTURES.split("    return")[0] + f"    return {new}\n")
+    with pytest.raises(UserError, match=words):
+        run(folder)
 
 
 @pytest.fixture
@@ -289,6 +308,59 @@ def test_a_reward_that_is_not_a_finite_number_a_picture_stops_the_run_with_the_p
 
 def command(*arguments: object):
     return CliRunner().invoke(app, ["teach", *map(str, arguments)])
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "sha256 = '{}'\nweights = 'pytorch_lora_weights.safetensors' # here",
+        'weights="pytorch_lora_weights.safetensors"',
+        '  "weights" = "pytorch_lora_weights.safetensors"\n\'sha256\' = "{}"',
+    ],
+)
+def test_however_a_card_is_written_its_sha256_is_that_of_the_written_weights(folder, given):
+    write(folder, updates=1)
+    card = folder / "teacher.toml"
+    kept = [line for line in card.read_text().splitlines() if not line.startswith("weights")]
+    card.write_text("\n".join([given.format("0" * 64), *kept]))
+    before = card.read_text()
+    made = command(folder, "--output-dir", folder.parent / "run", "--write")
+    assert made.exit_code == 0, made.output
+    digest = weights_sha256(folder / "pytorch_lora_weights.safetensors")
+    assert teacher_card(str(folder), folder).sha256 == digest
+    assert set(before.splitlines()) - set(card.read_text().splitlines()) <= {
+        given.format("0" * 64).splitlines()[-1 if given.startswith(" ") else 0]
+    }
+
+
+def test_a_card_that_cannot_take_a_sha256_is_told_before_training(folder):
+    write(folder, updates=1)
+    card = folder / "teacher.toml"
+    kept = [line for line in card.read_text().splitlines() if not line.startswith("weights")]
+    card.write_text("\n".join(['weights = """', 'pytorch_lora_weights.safetensors"""', *kept]))
+    refused = command(folder, "--output-dir", folder.parent / "run", "--write")
+    assert refused.exit_code == 2 and "teacher.toml:1: --write puts a sha256 on a line of its own" in refused.stderr
+    assert not (folder.parent / "run").exists()
+
+
+def test_a_mistake_in_the_card_is_told_with_the_cards_line(folder):
+    write(folder)
+    card = folder / "teacher.toml"
+    line = next(n for n, text in enumerate(card.read_text().splitlines(), 1) if text.startswith("base"))
+    card.write_text(
+        "".join('base = "emojii"\n' if t.startswith("base") else t for t in card.read_text().splitlines(True))
+    )
+    told = command(folder, "--dry-run")
+    assert told.exit_code == 2 and f"teacher.toml:{line}: emojii: there is no pipeline" in told.stderr
+
+
+def test_a_run_that_ends_between_two_looks_looks_at_what_it_made(folder):
+    write(folder, updates=3)
+    made = run(folder, "train.validate_every=2")
+    assert [row["update"] for row in made.metrics() if row["kind"] == "held_out"] == [0, 2, 3]
+    again = read_teach_recipe(str(folder), [f'output_dir="{made.path}"', "train.validate_every=2"])
+    assert loop.teach(again, made)
+    assert [row["update"] for row in made.metrics() if row["kind"] == "held_out"] == [0, 2, 3]
 
 
 def test_weights_go_into_the_teachers_folder_only_when_asked_and_never_over_others(folder):

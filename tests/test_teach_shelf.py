@@ -59,6 +59,7 @@ def test_the_plan_of_a_real_models_teacher_is_made_offline(name):
     told = " ".join(result.output.split())
     assert result.exit_code == 0 and "48 prompts x 24 pictures" in told and "stable-diffusion-3.5-medium" in told
     assert ("flow_sde, noise 0.7, guidance 4.5" in told) == ("grpo_guard" in told)
+    assert ("to put there 'hps-v2.1'" in told) == (name == "unmade/sd35-aesthetic/teach.toml")
     assert ("to install" in told) == (name.startswith("unmade/sd35-ocr") and not INSTALLED)
 
 
