@@ -75,7 +75,7 @@ def methods(setup: Setup, scorer: Scorer) -> Page | None:
         Table(f"{setup.seconds:g} s of training each; {drawn}. {held_out}.", [*head, LESS, *costs_of], rows),
         Table(f"{least_of}; the last checkpoint within.", [*head, "network calls"], equal),
     ]
-    text = texts.METHODS + texts.ranges(setup.held_out)
+    text = texts.METHODS + texts.ranges(setup.held_out, differences=True)
     trained = [folder for by_seed in runs.values() for held in by_seed.values() for folder in held]
     return Page("1-methods", "One model from several tasks", text, tables, [], _data(rows), trained)
 
@@ -262,7 +262,7 @@ def choices(setup: Setup, scorer: Scorer) -> Page | None:
             own = _cost_cells([costs(folder)[-1] for folder in runs[name]])
             rows.append([name, *_score_cells(map(mean_of, found)), less, *own])
         tables.append(Table(f"{title}.", CHOICE_HEAD, rows))
-    text, rows = texts.CHOICES + texts.ranges(setup.held_out), [_data(table.rows) for table in tables]
+    text, rows = texts.CHOICES + texts.ranges(setup.held_out, differences=True), [_data(table.rows) for table in tables]
     return Page("3-choices", "Noise, solvers, states and weighting", text, tables, [], rows, list(held.values()))
 
 
@@ -319,7 +319,7 @@ def reward_teachers(setup: Setup, scorer: Scorer) -> Page | None:
     for task in TASKS:
         score = mean_of(scorer.reference("base", CARDS, tasks=[task]))[task]
         rows.append([task, "the base", "-", spread([score]), *_of_others(scorer, None, task), "-", "-", "-", "-", "-"])
-    others = [f"of the first training: {task}, {OTHERS} prompts" for task in TASKS]
+    others = [f"{task} (first training)" for task in TASKS]
     head = ["task", "by", "trainings", "held out, 20 steps, guidance 2", *others, "images seen"]
     head += ["optimizer steps an update", *COST_HEAD]
     drawn = {
@@ -335,7 +335,7 @@ def reward_teachers(setup: Setup, scorer: Scorer) -> Page | None:
     asked = "The first held-out prompts, drawn by the base and the first training of each kind, from the same noise."
     plots.append(Plot("drawn", asked, sheet(drawn), size=(9.0, 8.8)))
     table = Table("Goal: .90 on two of three tasks.", head, rows)
-    text = texts.REWARDS + texts.ranges(setup.held_out)
+    text = texts.REWARDS + texts.ranges(setup.held_out, differences=False)
     return Page(
         "5-rewards", "Teachers from their reward alone", text, [table], plots, {"curves": curves}, list(done.values())
     )
