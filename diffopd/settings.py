@@ -90,7 +90,7 @@ def key_lines(text: str) -> dict[Location, int]:
     lines: dict[Location, int] = {}
     counts: dict[Location, int] = {}
     prefix: Location = ()
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):  # comments may hold other separators, such as U+2028
         if header := HEADER.match(line):
             parts = _indexed(_parts(header[2]), counts)
             if header[1] == "[[":

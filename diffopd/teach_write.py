@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import tomllib
 from pathlib import Path
@@ -13,6 +14,8 @@ from diffopd.run_folder import RunFolder, atomic_write
 from diffopd.settings import read_toml
 from diffopd.teach_recipe import TeachRecipe
 from diffopd.teacher import TeacherCard, weight_files, weights_sha256
+
+VALUE = re.compile(r"""^([^=]*=\s*)("[^"]*"|'[^']*')""")  # of a key, and what stands before it
 
 
 def target_of(recipe: TeachRecipe) -> Path:
@@ -80,12 +83,13 @@ def _with_sha256(card: TeacherCard, digest: str) -> str:
     Raises UserError for a card that is written in such a way that the line cannot be put there.
     """
     data, source = read_toml(card.path)  # as it is now: it may have been edited while the teacher was taught
-    lines, told = source.text.splitlines(), f'sha256 = "{digest}"'
+    lines = source.text.split("\n")
     if ("sha256",) in source.lines:
-        lines[source.lines["sha256",] - 1] = told
+        place = source.lines["sha256",] - 1
+        lines[place] = VALUE.sub(rf'\g<1>"{digest}"', lines[place])
     elif ("weights",) in source.lines:
-        lines.insert(source.lines["weights",], told)
-    text = "\n".join(lines) + "\n"
+        lines.insert(source.lines["weights",], f'sha256 = "{digest}"')
+    text = "\n".join(lines)
     try:
         is_right = tomllib.loads(text) == data | {"sha256": digest}
     except tomllib.TOMLDecodeError:
