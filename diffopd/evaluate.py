@@ -365,17 +365,21 @@ def _write(
             lines.append(json.dumps(row | {"score": round(score, 6)}))
     atomic_write(target / "prompts.jsonl", "\n".join(lines) + "\n")
     settings = recipe.evaluate
-    rows = [result_row(result, asked[result.task], settings.seeds) for result in results]
+    shares = {card.name: not card.rewards for card in cards}  # a sum may give any number
+    rows = [result_row(result, asked[result.task], settings.seeds, shares=shares[result.task]) for result in results]
     _mark_best_guidance(rows)
     _add_ratios(rows, results, recipe, cards, asked)
     held = {"checkpoint": checkpoint, "settings": settings.model_dump(mode="json"), "rows": rows}
     return atomic_write(target / "scores.json", json.dumps(held, indent=1))
 
 
-def result_row(result: Result, asked: Sequence[Hashable], seeds: list[int]) -> dict[str, Any]:
-    """A result as scores.json holds it; asked: what each of its prompts asks for (`data.asked_of`)."""
+def result_row(result: Result, asked: Sequence[Hashable], seeds: list[int], *, shares: bool) -> dict[str, Any]:
+    """A result as scores.json holds it; asked: what each of its prompts asks for (`data.asked_of`).
+
+    shares: its scores are from 0 to 1.
+    """
     model, steps, scale = result.contender
-    low, high = bootstrap_interval(result.scores, groups=asked, shares=True)
+    low, high = bootstrap_interval(result.scores, groups=asked, shares=shares)
     return {
         "model": model,
         "task": result.task,

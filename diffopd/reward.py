@@ -16,6 +16,7 @@ import numpy as np
 
 from diffopd.data import PromptRow, read_prompts
 from diffopd.errors import UserError, suggestion
+from diffopd.locate import is_path, parse_hub_id
 from diffopd.rewards import SHIPPED
 from diffopd.teach_recipe import TeachRecipe
 from diffopd.teacher import Reward, RewardSettings, TeacherCard, file_sha256, load_reward, reward_files
@@ -42,10 +43,15 @@ class WeightedSum:
         total = np.zeros(len(images))
         for name, weight, reward in self.terms:
             total += weight * _scores(name, reward(images, prompts, metadata), len(images))
-        outside = total[(total < -SLACK) | (total > 1 + SLACK)] if self.shares else total[:0]
+        outside = _no_shares(total) if self.shares else total[:0]
         if len(outside):
             raise ValueError(f"reward {self.terms[0][0]!r} scored {outside[0]:g}, and {FROM_0_TO_1}")
         return total
+
+
+def _no_shares(scores: np.ndarray) -> np.ndarray:
+    """Those out of [0, 1]; what is not finite is told elsewhere."""
+    return scores[np.isfinite(scores) & ((scores < -SLACK) | (scores > 1 + SLACK))]
 
 
 def _scores(name: str, given: Any, count: int) -> np.ndarray:
@@ -100,15 +106,21 @@ def check_reward(recipe: TeachRecipe) -> list[str]:
     return _checked(_terms(recipe))
 
 
-def missing_folders(recipe: TeachRecipe) -> list[str]:
-    """What options of shipped rewards name that is neither beside the teacher nor a hub id."""
-    named = {"model", "processor", "detector", "color_model", "head"}
-    return [
-        f"{value!r} (options.{key} of {term.settings.reward!r})"
-        for term in _terms(recipe)
+def missing_weights(recipe: TeachRecipe, watched: Sequence[TeacherCard]) -> list[str]:
+    """What weights of the shipped rewards that will be loaded are named by options and neither there nor a hub id."""
+    terms = ([] if recipe.is_supervised else _terms(recipe)) + _terms_of_card(recipe.card)
+    terms += [term for card in watched for term in _terms_of_card(card)]
+    found = [
+        f"{value} (options.{key} of {term.settings.reward!r}, {term.place})"
+        for term in terms
+        if term.settings.reward in SHIPPED
         for key, value in term.settings.options.items()
-        if key in named and isinstance(value, str) and "/" not in value and not (term.folder / value).exists()
+        if key in getattr(_shipped(term), "weights", ())
+        if isinstance(value, str)
+        and not (term.folder / value).exists()
+        and not (is_path(value) and parse_hub_id(value))
     ]
+    return list(dict.fromkeys(found))
 
 
 def check_card_reward(card: TeacherCard) -> list[str]:
@@ -147,7 +159,7 @@ def try_card_reward(card: TeacherCard, rows: Sequence[PromptRow], size: tuple[in
     """As `try_reward`, of what scores a teacher's task: a card's one function must also keep to [0, 1]."""
     for term in _terms_of_card(card):
         scores = _tried(term, rows, size)
-        outside = scores[(scores < 0) | (scores > 1)]
+        outside = _no_shares(scores)
         if not card.rewards and len(outside):
             raise UserError(
                 f"{term.place}: {term.settings.reward!r} scored a blank picture {outside[0]:g}, and {FROM_0_TO_1}"

@@ -57,7 +57,8 @@ def main(
         base = [(c, t) for c in contenders for t in asked if c.model == "base" and t.name == card.name]
         own = [(c, t) for c in contenders for t in asked if c.model == f"teacher:{card.name}"]
         rows = [
-            result_row(result, kinds[result.task], seeds) | {"scores": [round(s, 4) for s in result.scores]}
+            result_row(result, kinds[result.task], seeds, shares=True)
+            | {"scores": [round(s, 4) for s in result.scores]}
             for result in measure([*base, *own], read)
         ]
         conditions = card_conditions(read, settings, card, base_hash)

@@ -11,13 +11,14 @@ from PIL import Image
 
 from diffopd.data import PromptRow
 from diffopd.errors import UserError
+from diffopd.locate import shelf
 from diffopd.preflight import check
 from diffopd.recipe import read_recipe
 from diffopd.reward import (
     WeightedSum,
     check_reward,
     check_rows,
-    missing_folders,
+    missing_weights,
     reward_hashes,
     reward_of,
     try_card_reward,
@@ -28,7 +29,7 @@ from diffopd.sampling import score
 from diffopd.teach import assemble_run
 from diffopd.teach_check import check_teach
 from diffopd.teach_recipe import read_teach_recipe
-from diffopd.teacher import file_sha256, forget_rewards, load_reward
+from diffopd.teacher import file_sha256, forget_rewards, load_reward, teacher_card
 
 IMAGES = [Image.new("RGB", (8, 8), "gray"), Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3) % 97)]
 PROMPTS, ROWS = ["a", "b"], [{}, {}]
@@ -84,9 +85,13 @@ def test_missing_weights_stop_a_run_with_the_download_that_is_needed(recipe_with
 
 def test_what_an_option_names_and_nobody_has_is_told_by_the_plan(recipe_with, tmp_path):
     recipe = recipe_with('rewards = [{reward = "hps_v2", options = {model = "hps"}}, {reward = "clip_score"}]')
-    assert missing_folders(recipe) == ["'hps' (options.model of 'hps_v2')"]
+    assert missing_weights(recipe, []) == [f"hps (options.model of 'hps_v2', {recipe.path}:1)"]
     (recipe.card.folder / "hps").mkdir()
-    assert missing_folders(recipe) == []
+    assert missing_weights(recipe, []) == []
+    recipe = recipe_with('rewards = [{reward = "aesthetic", options = {head = "./head.safetensors", model = "a/b"}}]')
+    assert missing_weights(recipe, []) == [f"./head.safetensors (options.head of 'aesthetic', {recipe.path}:1)"]
+    watched = teacher_card("unmade/sd35-aesthetic", shelf("teachers"))
+    assert missing_weights(recipe_with(""), [watched]) == [f"hps-v2.1 (options.model of 'hps_v2', {watched.path}:19)"]
 
 
 @pytest.mark.parametrize(

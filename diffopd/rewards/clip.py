@@ -18,6 +18,7 @@ class ClipScore:
     """
 
     packages: tuple[str, ...] = ()
+    weights: tuple[str, ...] = ("model", "processor", "head")
     needs: dict[str, str] = {}
 
     def __init__(

@@ -42,6 +42,7 @@ class Composition:
     """
 
     packages: tuple[str, ...] = ()
+    weights: tuple[str, ...] = ("detector", "color_model")
 
     def __init__(
         self,

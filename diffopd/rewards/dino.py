@@ -19,6 +19,7 @@ class DinoSimilarity:
     """
 
     packages: tuple[str, ...] = ()
+    weights: tuple[str, ...] = ("model",)
 
     def __init__(self, model: str = "facebook/dinov2-base", device: str | None = None) -> None:
         import torch
