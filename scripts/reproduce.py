@@ -43,7 +43,9 @@ def main(
             raise typer.BadParameter(f"--claims {claim!r}; there are {', '.join(CLAIMS)}")
     if quick and results.resolve() == ROOT / "docs" / "results":
         raise typer.BadParameter("--quick measures nothing: give another --results than docs/results")
-    setup = Setup(output, tuple(map(int, seeds.split(","))), seconds, prompts, quick, listing, jobs, any_seconds)
+    setup = Setup(
+        output, tuple(map(int, seeds.split(","))), seconds, prompts, quick, listing, jobs, any_seconds=any_seconds
+    )
     quiet()
     if not listing:
         check_plotting()

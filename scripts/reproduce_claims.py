@@ -72,12 +72,17 @@ def methods(setup: Setup, scorer: Scorer) -> Page | None:
     drawn = "what drawing the teachers' pictures took is in the seconds and calls of SFT and off-policy distillation"
     least_of = f"At most {least:,} network calls of training, those of the teachers' pictures included"
     tables = [
-        Table(f"{setup.seconds:g} s of training each; {drawn}. {held_out}.", [*head, LESS, *costs_of], rows),
+        Table(f"{trained_for(setup)}; {drawn}. {held_out}.", [*head, LESS, *costs_of], rows),
         Table(f"{least_of}; the last checkpoint within.", [*head, "network calls"], equal),
     ]
     text = texts.METHODS + texts.ranges(setup.held_out, differences=True)
     trained = [folder for by_seed in runs.values() for held in by_seed.values() for folder in held]
     return Page("1-methods", "One model from several tasks", text, tables, [], _data(rows), trained)
+
+
+def trained_for(setup: Setup) -> str:
+    """How long every method was trained, as a caption says it."""
+    return "Trained as long as is said" if setup.any_seconds else f"{setup.seconds:g} s of training each"
 
 
 def method_runs(setup: Setup, scorer: Scorer) -> tuple[Runs, dict[tuple[str, int], Cost]]:
