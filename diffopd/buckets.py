@@ -28,6 +28,13 @@ def called_size(call: Mapping[str, Any], base: Blueprint) -> Size:
     return call.get("width") or side, call.get("height") or side
 
 
+def known_size(call: Mapping[str, Any], base: Blueprint) -> Size | None:
+    """As `called_size` where call or config tell it; None where it is only the usual size of such pipelines."""
+    is_said = bool(call.get("width")) and bool(call.get("height"))
+    is_of_unet = base.denoiser == "unet" and isinstance(base.denoiser_config.get("sample_size"), int)
+    return called_size(call, base) if is_said or is_of_unet else None
+
+
 def autoencoder_factor(base: Blueprint) -> int:
     """Pixels a side of one latent."""
     config = base.configs.get("vae", {})

@@ -171,7 +171,7 @@ def teach(
 ) -> None:
     """Make the weights that a teacher's folder describes (teach.toml), from pictures or from a reward."""
     from diffopd.run_folder import has_begun
-    from diffopd.teach_check import check_teach, render_teach, try_teach_rewards
+    from diffopd.teach_check import check_teach, open_pictures, render_teach, try_teach_rewards
     from diffopd.teach_recipe import read_teach_recipe
     from diffopd.teach_write import check_writable, write_weights
 
@@ -186,12 +186,14 @@ def teach(
     if dry_run:
         from rich.console import Console
 
+        open_pictures(found)
         Console().print(render_teach(found, processes))
         _check_folder(read, processes)
         return
     with _at_work(read.output_dir) as lock:
         count = int(os.environ.get("WORLD_SIZE", processes))
         if _scores_here(count) and not has_begun(Path(read.output_dir)):
+            open_pictures(found)
             try_teach_rewards(found)
         folder = _run_folder(read, found.hashes, count)
         if count > 1 and "WORLD_SIZE" not in os.environ:

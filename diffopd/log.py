@@ -140,7 +140,8 @@ class TrainingLog:
         for name, value in per_teacher.items():
             self._smooth[name] = 0.9 * self._smooth.get(name, value) + 0.1 * value
         shown = self._losses()
-        if len(shown) > self._bar.console.width - BESIDE_LOSSES:  # columns that do not fit are cut, the clock first
+        is_cut = len(shown) > self._bar.console.width - BESIDE_LOSSES  # columns that do not fit are, the clock first
+        if is_cut and len(self._smooth) > 1:
             shown = f"mean {sum(self._smooth.values()) / len(self._smooth):.4f}"
         note = f"{self._progress.update} | {shown} | {self._rate:.2f}/s"
         self._bar.update(self._task, completed=self._done(), note=note)

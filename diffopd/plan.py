@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from diffopd.teacher import TeacherCard
 
 UNCOUNTED = (  # measured: docs/memory.md
-    "not in the sum: workspace of kernels, gradients of activations, what {others} compute with; in a measured run the "
+    "not in the sum: workspace of kernels, gradients of activations, what teachers compute with; in a measured run the "
     "peak was a third higher, so leave that much room"
 )
 QUERY_DRAWS = 256  # draws over which the cost of a random query is averaged
@@ -63,6 +63,11 @@ class Plan:
     processes: int = 1
 
     @property
+    def visits(self) -> int:
+        """States that a walk visits, which some schedulers make more than its steps."""
+        return num_visits(self.recipe, self.grid)
+
+    @property
     def num_trained(self) -> int:
         """Parameters that are trained."""
         return self.held.trained
@@ -84,7 +89,7 @@ def make_plan(parts: Parts, processes: int = 1) -> Plan:
     from diffopd.rehearsal import forwards
 
     recipe, base = parts.recipe, parts.base
-    visits = len(parts.grid.timesteps) if parts.grid else recipe.student.num_inference_steps
+    visits = num_visits(recipe, parts.grid)
     walked, asked = visited(recipe, visits)
     total, number = sum(teacher.weight for teacher in recipe.teachers), len(recipe.teachers)
     draws = {"all": number, "round_robin": 1}.get(recipe.train.tasks_per_update)  # None: as many as it says, by weight
@@ -120,6 +125,11 @@ def make_plan(parts: Parts, processes: int = 1) -> Plan:
         held=footprint(parts),
         processes=processes,
     )
+
+
+def num_visits(recipe: Recipe, grid: Grid | None) -> int:
+    """States that the student's walk visits; its steps, where only the pipeline knows them."""
+    return len(grid.timesteps) if grid else recipe.student.num_inference_steps
 
 
 def visited(recipe: Recipe, visits: int) -> tuple[float, float]:
@@ -159,7 +169,7 @@ def render(plan: Plan) -> RenderableType:
     memory.add_row(f"after: evaluation in {plan.recipe.evaluate.dtype}", readable(plan.held.evaluating))
     title = f"Plan of {plan.recipe.name} ({plan.recipe.path})"
     heading = memory_heading(plan)
-    unsure = [Text(f"  {sentence}") for sentence in (*plan.held.unsure, UNCOUNTED.format(others="teachers"))]
+    unsure = [Text(f"  {sentence}") for sentence in (*plan.held.unsure, UNCOUNTED)]
     return Group(Text(title, "bold"), facts, Text(""), teachers, Text(""), Text(heading, "bold"), memory, *unsure)
 
 

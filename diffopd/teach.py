@@ -58,11 +58,9 @@ def teach(recipe: TeachRecipe, folder: RunFolder) -> bool:
         log = stack.enter_context(TeachLog(folder, recipe, trained.progress, is_main=run.processes.is_main))
         if recipe.train.validate_every and not trained.progress.update:
             log.validation(held_out(run, trained))
-        begun, every = trained.progress.update, recipe.train.validate_every
         reason = run_updates(run, trained, folder, log, one_round, held_out)
-        has_moved = trained.progress.update > begun
-        if every and has_moved and trained.progress.update % every and reason != INTERRUPTED:  # of what was made
-            log.validation(held_out(run, trained))
+        if recipe.train.validate_every and reason != INTERRUPTED and not is_looked_at(run, trained, folder):
+            log.validation(held_out(run, trained))  # at what was made
         log.stop(reason)
     run.processes.wait()
     return reason != INTERRUPTED
@@ -94,6 +92,15 @@ def held_out(run: TeachRun, trained: Trained) -> dict[str, float]:
     """The reward, the other tasks' scores, drift and diversity on held-out prompts, of the weights to deploy."""
     with averaged(trained), one_fold(run, Watch()):
         return run.watch.look()
+
+
+def is_looked_at(run: TeachRun, trained: Trained, folder: RunFolder) -> bool:
+    """Whether the held-out prompts have been scored at the present update: a look may have been broken off."""
+    is_main, update = run.processes.is_main, trained.progress.update
+    looks = (
+        [row for row in folder.metrics() if row["kind"] == "held_out" and row["update"] == update] if is_main else []
+    )
+    return bool(run.processes.of_main(float(len(looks))))
 
 
 def one_round(run: TeachRun, trained: Trained, watch: Watch) -> Round:

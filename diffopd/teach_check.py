@@ -7,19 +7,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffopd.blueprint import BYTES
-from diffopd.buckets import called_size
+from diffopd.buckets import called_size, known_size
 from diffopd.data import PromptRow, read_prompts
 from diffopd.errors import UserError
 from diffopd.grid import draws_noise, make_scheduler
 from diffopd.image_file import BadPicture, examine
-from diffopd.plan import UNCOUNTED, Plan, levels, make_plan, memory_heading, memory_table, process_facts, visited
+from diffopd.plan import Plan, levels, make_plan, memory_heading, memory_table, process_facts, visited
 from diffopd.preflight import Parts, check
 from diffopd.reward import (
     check_card_reward,
     check_card_rows,
     check_reward,
     check_rows,
-    missing_folders,
+    missing_weights,
     picture_function,
     reward_hashes,
     terms_of,
@@ -73,7 +73,7 @@ def check_teach(recipe: TeachRecipe, *, hash_weights: bool = False) -> TeachPart
         check_card_rows(scored, download=hash_weights)
     picture_function(recipe)
     if recipe.is_supervised and not recipe.pictures:
-        _check_files(recipe, called_size(recipe.student.call, parts.base))
+        _check_files(recipe)
     hashes = {**parts.hashes, **_task_hashes(recipe)} if hash_weights else {}
     return TeachParts(recipe, parts, rows, len(held_out), list(dict.fromkeys(missing)), hashes)
 
@@ -120,16 +120,17 @@ def _check_noise(recipe: TeachRecipe, parts: Parts) -> None:
         )
 
 
-def _check_files(recipe: TeachRecipe, size: tuple[int, int]) -> None:
-    """Open the picture of every training row; all must have the (width, height) that the pipeline draws."""
-    from rich.progress import track
-
-    named = [
+def _placed_rows(recipe: TeachRecipe) -> list[tuple[str, PromptRow]]:
+    """The training rows with "file:line" of each."""
+    return [
         (f"{file}:{number}", row)
         for file in recipe.card.prompts.files("train")
         for number, row in enumerate(read_prompts(file), start=1)
     ]
-    for place, row in track(named, "pictures", transient=True, disable=len(named) < MANY):
+
+
+def _check_files(recipe: TeachRecipe) -> None:
+    for place, row in _placed_rows(recipe):
         name = row.metadata.get("file_name")
         if not isinstance(name, str) or not Path(name).is_file():
             wrong = f"its picture {name} is not there" if isinstance(name, str) else 'it names no picture ("file_name")'
@@ -138,18 +139,42 @@ def _check_files(recipe: TeachRecipe, size: tuple[int, int]) -> None:
                 'every row one, beside the prompt file, or set pictures = "file.py:function" in '
                 f"{recipe.path.name}."
             )
+
+
+def open_pictures(found: TeachParts) -> None:
+    """Open the picture of every training row to its end; all must have one size, that of the call where it is known.
+
+    A row's "bucket" (width, height) is what its picture is fitted to. Raises UserError naming file, line and picture.
+    """
+    from rich.progress import track
+
+    recipe = found.recipe
+    if not recipe.is_supervised or recipe.pictures:
+        return
+    size = known_size(recipe.student.call, found.parts.base)
+    draws = f"and this pipeline draws {size[0]} x {size[1]}" if size else ""
+    rows = _placed_rows(recipe)
+    for place, row in track(rows, "pictures", transient=True, disable=len(rows) < MANY):
+        name = row.metadata["file_name"]
         try:
-            found = examine(Path(name)).size
+            opened = examine(Path(name)).size
         except BadPicture as error:
             raise UserError(f"{place}: the picture {name} {error}") from error
-        if found != size:
+        fitted = row.bucket or opened
+        size = size or fitted
+        if fitted != size:
             raise UserError(
-                f"{place}: the picture {name} has {found[0]} x {found[1]} pixels, and this pipeline draws "
-                f"{size[0]} x {size[1]}. Crop or scale it, or set student.call.width and student.call.height."
+                f"{place}: the picture {name} has {fitted[0]} x {fitted[1]} pixels, "
+                f"{draws or f'the ones before it {size[0]} x {size[1]}'}. Crop or scale it, or set student.call.width "
+                "and student.call.height."
             )
 
 
 MANY = 200  # pictures that take a while to open
+UNCOUNTED = (
+    "not in the sum: networks of rewards, workspace of kernels, gradients of activations, and for grpo the steps that "
+    "are recorded of every picture of an update (three states of the picture's latents each)"
+)
 ORDER = {"in_turn": "", "one_after_another": ", one file after another, each for its part of the updates"}
 
 
@@ -167,18 +192,15 @@ def render_teach(found: TeachParts, processes: int = 1) -> RenderableType:
         facts.add_row(name, Text(value))  # a path may have brackets
     title = Text(f"Plan of teaching {recipe.card.name} ({recipe.path})", "bold")
     memory = memory_table(plan.memory | _other_sides(plan))
-    unsure = [Text(f"  {sentence}") for sentence in (*plan.held.unsure, UNCOUNTED.format(others="rewards"))]
+    unsure = [Text(f"  {sentence}") for sentence in (*plan.held.unsure, UNCOUNTED)]
     return Group(title, facts, Text(""), Text(memory_heading(plan), "bold"), memory, *unsure)
 
 
 def _other_sides(plan: Plan) -> dict[str, int]:
     """Item -> bytes of what an estimator holds beside the trained weights (`teach_run.assemble_run`)."""
-    recipe, is_full = plan.recipe, plan.recipe.student.train == "full"
-    copied = BYTES * (plan.num_parameters if is_full else plan.num_trained)
-    held = {"base beside the trained one": copied} if is_full else {}
-    if recipe.estimator.name == "nft":
-        held["old policy"] = copied + BYTES * plan.num_trained  # and the average that it follows
-    return held
+    copied = plan.num_parameters if plan.recipe.student.train == "full" else plan.num_trained
+    is_held = plan.recipe.estimator.name == "nft"
+    return {"old policy": BYTES * (copied + plan.num_trained)} if is_held else {}  # and the average that it follows
 
 
 def evaluations(plan: Plan) -> dict[str, float]:
@@ -186,7 +208,7 @@ def evaluations(plan: Plan) -> dict[str, float]:
 
     Where a policy gradient's query names steps without noise, what is learnt from is less by them.
     """
-    recipe, walk = plan.recipe, plan.recipe.student.num_inference_steps
+    recipe, walk = plan.recipe, plan.visits
     _, asked = visited(recipe, walk)
     learnt = recipe.num_pictures * asked * plan.student_rows
     found = {} if recipe.is_supervised else {"rollout": recipe.num_pictures * walk * plan.student_rows}
@@ -209,7 +231,9 @@ def _facts(found: TeachParts, plan: Plan, processes: int) -> list[tuple[str, str
     pictures = recipe.pictures or "the files of the prompt rows"
     reward = " + ".join(f"{term.weight:g} x {term.reward}" for term in terms_of(recipe))
     calls = ", ".join(f"{side} {count:g}" for side, count in evaluations(plan).items())
-    left_out = "; steps without noise are left out" if estimator.name in POLICY_GRADIENT else ""
+    is_drawn = isinstance(recipe.objective.query, dict) and "random" in recipe.objective.query  # among noisy steps
+    left_out = "; steps without noise are left out" if estimator.name in POLICY_GRADIENT and not is_drawn else ""
+    scored = min(found.held_out, recipe.evaluate.num_prompts)
     watched = [*([recipe.card.name] if recipe.rewards else []), *(card.name for card in watched_cards(recipe))]
     distance = "" if recipe.is_supervised else f", {estimator.reference_weight:g} x distance from the base"
     lines = [
@@ -227,7 +251,10 @@ def _facts(found: TeachParts, plan: Plan, processes: int) -> list[tuple[str, str
             + f", learning rate {train.learning_rate:g}",
         ),
         ("evaluations", f"{calls} an update (student with backward){left_out}"),
-        ("prompts", f"{len(found.rows)} to train on{ORDER[sampling.prompt_files]}, {found.held_out} held out"),
+        (
+            "prompts",
+            f"{len(found.rows)} to train on{ORDER[sampling.prompt_files]}, {scored} of {found.held_out} held out",
+        ),
         (
             "watched",
             ", ".join(["reward", *watched, "drift", "diversity"]) if train.validate_every else "nothing",
@@ -236,6 +263,6 @@ def _facts(found: TeachParts, plan: Plan, processes: int) -> list[tuple[str, str
         *process_facts(processes),
         ("output_dir", recipe.output_dir),
     ]
-    unmade = [] if recipe.is_supervised else missing_folders(recipe)
+    unmade = missing_weights(recipe, watched_cards(recipe))
     lines += [("to install", f"{', '.join(found.missing)}: a reward needs it")] if found.missing else []
     return lines + ([("to put there", ", ".join(unmade))] if unmade else [])

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PrivateAttr
 
 from diffopd.errors import UserError
-from diffopd.locate import find_teacher, shelf
+from diffopd.locate import find_teacher, is_path, shelf
 from diffopd.recipe import Count, Fraction, Positive, PositiveOrZero, Recipe, TeacherSettings, read_overridden
 from diffopd.settings import Settings, validated
 from diffopd.teacher import RewardSettings, TeacherCard, teacher_card
@@ -111,6 +111,7 @@ class TeachRecipe(Recipe):
     pictures: Annotated[str, Field(pattern=r"^.+\.py:[A-Za-z_]\w*$")] | None = None
     watch: list[str] = []
     _card: TeacherCard = PrivateAttr()
+    _of_card: frozenset[str] = PrivateAttr(frozenset())
 
     @property
     def card(self) -> TeacherCard:
@@ -119,9 +120,8 @@ class TeachRecipe(Recipe):
 
     def place(self, *location: str | int) -> str:
         """As in any recipe; the card's file and line of what its student takes from there."""
-        of_card = OF_CARD.get(location[1]) if location[0] == "student" and len(location) == 2 else None
-        if of_card and location not in (*self._source.lines, *self._source.replaced):
-            return self.card.place(of_card)
+        if location[0] == "student" and location[-1] in self._of_card:
+            return self.card.place(OF_CARD[location[-1]])
         return super().place(*location)
 
     @property
@@ -170,9 +170,9 @@ def read_teach_recipe(name: str, overrides: list[str] | None = None) -> TeachRec
     data.setdefault("name", card.name)
     way = "" if file.stem == "teach" else f"-{file.stem}"  # a folder for each way of teaching it
     data.setdefault("output_dir", f"runs/teach-{data['name']}{way}")
-    _student_of_card(data.setdefault("student", {}), card)
+    of_card = _student_of_card(data.setdefault("student", {}), card)
     recipe = validated(TeachRecipe, data, source)
-    recipe._source, recipe._card = source, card
+    recipe._source, recipe._card, recipe._of_card = source, card, of_card
     _refuse_without_effect(recipe)
     _check_student(recipe)
     _check_sampling(recipe)
@@ -182,14 +182,14 @@ def read_teach_recipe(name: str, overrides: list[str] | None = None) -> TeachRec
 def find_teach(name: str) -> Path:
     """The file that says how a teacher is taught. Raises UserError where there is none."""
     if name.endswith(".toml"):
-        held = [Path(name).expanduser(), shelf("teachers") / name]
-        found = next((path for path in held if path.is_file()), None)
+        found = next((path for path in (Path(name).expanduser(), _on_shelf(name)) if path and path.is_file()), None)
         if found is None:
-            raise UserError(f"{name}: there is no such file, neither here nor on the shelf {held[1].parent}.")
+            where = f", neither here nor on the shelf {shelf('teachers')}" if _on_shelf(name) else ""
+            raise UserError(f"{name}: there is no such file{where}.")
         find_teacher(str(found.absolute().parent), Path.cwd())
         return found.absolute()
-    shipped = shelf("teachers") / name  # also unmade/sd35-ocr, which is on no list
-    is_shipped = (shipped / "teacher.toml").is_file() and not (Path(name).expanduser() / "teacher.toml").is_file()
+    shipped = _on_shelf(name)  # also unmade/sd35-ocr, which is on no list
+    is_shipped = bool(shipped) and (shipped / "teacher.toml").is_file() and not (is_path(name) and Path(name).exists())
     folder = shipped if is_shipped else find_teacher(name, Path.cwd())
     if not (folder / "teach.toml").is_file():
         others = [path.name for path in sorted(folder.glob("*.toml")) if path.name != "teacher.toml"]
@@ -198,10 +198,19 @@ def find_teach(name: str) -> Path:
     return folder / "teach.toml"
 
 
-def _student_of_card(student: Any, card: TeacherCard) -> None:
-    if isinstance(student, dict):  # if not, the validation says so
-        for key, of_card in OF_CARD.items():
-            student.setdefault(key, getattr(card, of_card))
+def _on_shelf(name: str) -> Path | None:
+    """Where a name would be on the shelf; None for a path that can only be the user's own, such as "./text"."""
+    is_own = name.startswith((".", "~", "/")) or name.endswith("/") or ".." in Path(name).parts
+    return None if is_own else shelf("teachers") / name
+
+
+def _student_of_card(student: Any, card: TeacherCard) -> frozenset[str]:
+    """Give [student] what it does not say and the card does; returns the keys that were given."""
+    if not isinstance(student, dict):
+        return frozenset()  # the validation says so
+    given = frozenset(OF_CARD) - set(student)
+    student |= {key: getattr(card, OF_CARD[key]) for key in given}
+    return given
 
 
 def _refuse_without_effect(recipe: TeachRecipe) -> None:

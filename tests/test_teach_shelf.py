@@ -19,7 +19,7 @@ from diffopd.reward import card_reward
 from diffopd.run_folder import RunFolder
 from diffopd.teach import teach
 from diffopd.teach_check import check_teach
-from diffopd.teach_recipe import read_teach_recipe
+from diffopd.teach_recipe import find_teach, read_teach_recipe
 from diffopd.teach_run import TeachRun
 from diffopd.teacher import load_reward, teacher_card
 
@@ -59,8 +59,20 @@ def test_the_plan_of_a_real_models_teacher_is_made_offline(name):
     told = " ".join(result.output.split())
     assert result.exit_code == 0 and "48 prompts x 24 pictures" in told and "stable-diffusion-3.5-medium" in told
     assert ("flow_sde, noise 0.7, guidance 4.5" in told) == ("grpo_guard" in told)
-    assert ("to put there 'hps-v2.1'" in told) == (name == "unmade/sd35-aesthetic/teach.toml")
+    assert "to put there hps-v2.1 (options.model of 'hps_v2'" in told, "the aesthetic task is taught or watched"
     assert ("to install" in told) == (name.startswith("unmade/sd35-ocr") and not INSTALLED)
+
+
+def test_a_path_of_the_users_own_is_never_taken_for_a_teacher_of_the_shelf(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find_teach("unmade/sd35-ocr") == shelf("teachers") / "unmade" / "sd35-ocr" / "teach.toml"
+    assert find_teach("text/nft.toml") == shelf("teachers") / "text" / "nft.toml"
+    for name in ("./text", "text/", "../teachers/text", "./unmade/sd35-ocr", "./text/nft.toml", "~/text/nft.toml"):
+        with pytest.raises(UserError, match=r"there is no such (folder|file)\."):
+            find_teach(name)
+    (tmp_path / "unmade" / "sd35-ocr").mkdir(parents=True)
+    with pytest.raises(UserError, match="it has no teacher.toml"):
+        find_teach("unmade/sd35-ocr")
 
 
 def test_joint_prompts_alternate_between_the_tasks_and_each_picture_has_its_own_tasks_reward():
