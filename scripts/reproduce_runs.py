@@ -8,6 +8,7 @@ import os
 import shlex
 import subprocess
 import sys
+import tomllib
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,8 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from diffopd.errors import UserError
 from diffopd.load import LORA_FILE
+from diffopd.locate import find_recipe, find_tune_recipe
 from diffopd.run_folder import RunFolder, atomic_write
+from diffopd.teach_recipe import find_teach
 
 UNWATCHED = "train.validate_every=0"  # looks while training would take their seconds from it, of RL the most
 SECONDS = "train.max_train_seconds="
@@ -70,22 +74,35 @@ class Cost:
 def start(setup: Setup, name: str, command: list[str]) -> Path:
     """Run `diffopd COMMAND` into output/name unless it is finished; returns the run's folder.
 
-    A run that was broken off goes on where it was. Raises CalledProcessError where it fails.
+    A run that was broken off goes on where it was. Raises CalledProcessError where it fails, UserError for one that
+    was finished when its .toml said something else.
     """
     folder = setup.output / name
     whole = [*command, "--output-dir", str(folder)]
     if setup.listing:
         print(f"diffopd {shlex.join(whole)}")
         return folder
-    done = setup.output / f"{name}.json"
-    if done.is_file() and same(setup, json.loads(done.read_text())["command"], whole):
+    done, read = setup.output / f"{name}.json", settings_digest(command)
+    held = json.loads(done.read_text()) if done.is_file() else {}
+    if held and same(setup, held["command"], whole):
+        if held.get("settings", read) != read:
+            raise UserError(
+                f"{folder}: was made by other settings of {command[1]}. Move it away, or name another --output."
+            )
         print(f"{name}: finished already")
         return folder
     print(f"{name} ...", flush=True)
     one_core = {**os.environ, "OMP_NUM_THREADS": "1"}  # budgets are seconds of one
     subprocess.run([sys.executable, "-m", "diffopd.cli", *whole], check=True, env=one_core)
-    done.write_text(json.dumps({"command": whole}, indent=1))
+    done.write_text(json.dumps({"command": whole, "settings": read}, indent=1))
     return folder
+
+
+def settings_digest(command: list[str]) -> str:
+    """sha256 of what the .toml of a command says; its comments do not count."""
+    find = {"distill": find_recipe, "tune": find_tune_recipe, "teach": find_teach}[command[0]]
+    said = tomllib.loads(find(command[1]).read_text(encoding="utf-8"))
+    return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def same(setup: Setup, one: list[str], other: list[str]) -> bool:

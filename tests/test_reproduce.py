@@ -15,6 +15,7 @@ import torch
 
 from diffopd.data import PromptRow
 from diffopd.drive import Call
+from diffopd.errors import UserError
 from diffopd.evaluate import Task
 from diffopd.objective import get_objective
 from diffopd.path import PATHS
@@ -166,6 +167,24 @@ def test_a_finished_run_of_another_length_counts_only_where_that_is_asked_for(mo
     assert [command[4] for command in started] == ["text/nft.toml", "style/nft.toml"]
     reproduce_runs.teach(reproduce_runs.Setup(tmp_path, seconds=9), "nft", 0, "style/nft.toml")
     assert len(started) == 3, "it ran for 5 seconds"
+
+
+def test_a_run_that_was_finished_under_other_settings_is_refused(monkeypatch, tmp_path):
+    import reproduce_runs
+
+    monkeypatch.setattr(reproduce_runs.subprocess, "run", lambda command, **options: None)
+    folder = tmp_path / "text"
+    folder.mkdir()
+    for name in ("teacher.toml", "nft.toml"):
+        (folder / name).write_text((ROOT / "teachers" / "text" / name).read_text())
+    setup, file = reproduce_runs.Setup(tmp_path / "runs"), folder / "nft.toml"
+    setup.output.mkdir()
+    reproduce_runs.teach(setup, "nft", 0, str(file))
+    file.write_text("# a word\n" + file.read_text())
+    reproduce_runs.teach(setup, "nft", 0, str(file))
+    file.write_text(file.read_text().replace("beta = 1.0", "beta = 0.5"))
+    with pytest.raises(UserError, match="nft-seed0: was made by other settings of .*nft.toml. Move it away"):
+        reproduce_runs.teach(setup, "nft", 0, str(file))
 
 
 def test_trainings_run_side_by_side_and_keep_their_places(tmp_path):
