@@ -302,7 +302,7 @@ def walks(setup: Setup, scorer: Scorer) -> Table:
 def reward_teachers(setup: Setup, scorer: Scorer) -> Page | None:
     """Claim 5: NFT and GRPO(-Guard) from the base by reward alone."""
     trainings = {
-        (task, name, seed): partial(teach, setup, f"{task}-{name.lower()}", seed, f"{task}/{file}", settings)
+        (task, name, seed): partial(teach, setup, f"{task}-{_slug(name)}", seed, f"{task}/{file}", settings)
         for task, (name, (file, settings, all_seeds)) in product(TASKS, REWARD_WAYS.items())
         for seed in (setup.seeds if all_seeds else setup.seeds[:1])
     }
@@ -318,15 +318,17 @@ def reward_teachers(setup: Setup, scorer: Scorer) -> Page | None:
         other = _of_others(scorer, last_adapter(held[0]), task)
         own = [costs(folder)[-1] for folder in held]
         seen = round(sum(cost.images for cost in own) / len(own))
-        steps = read_teach_recipe(f"{task}/{REWARD_WAYS[name][0]}").sampling.optimizer_steps
-        rows.append([task, name, len(held), spread(scores), *other, seen, steps, *_cost_cells(own)])
+        file, settings, _ = REWARD_WAYS[name]
+        recipe = read_teach_recipe(f"{task}/{file}", settings)
+        how = [recipe.sampling.optimizer_steps, f"{recipe.estimator.reference_weight:g}"]
+        rows.append([task, name, len(held), spread(scores), *other, seen, *how, *_cost_cells(own)])
         curves.setdefault(task, {})[name] = _reward_curve([updates_of(folder) for folder in held])
     for task in TASKS:
         score = mean_of(scorer.reference("base", CARDS, tasks=[task]))[task]
-        rows.append([task, "the base", "-", spread([score]), *_of_others(scorer, None, task), "-", "-", "-", "-", "-"])
+        rows.append([task, "the base", "-", spread([score]), *_of_others(scorer, None, task), *["-"] * 6])
     others = [f"{task} (first training)" for task in TASKS]
     head = ["task", "by", "trainings", "held out, 20 steps, guidance 2", *others, "images seen"]
-    head += ["optimizer steps an update", *COST_HEAD]
+    head += ["optimizer steps an update", "price of the distance to the base", *COST_HEAD]
     drawn = {
         f"{task}: {name}": scorer.drawn(file, CARDS, task, min(SHOWN, setup.held_out))
         for task in TASKS
@@ -338,12 +340,16 @@ def reward_teachers(setup: Setup, scorer: Scorer) -> Page | None:
         for task, by_name in curves.items()
     ]
     asked = "The first held-out prompts, drawn by the base and the first training of each kind, from the same noise."
-    plots.append(Plot("drawn", asked, sheet(drawn), size=(9.0, 8.8)))
+    plots.append(Plot("drawn", asked, sheet(drawn), size=(9.0, 13.0)))
     table = Table("Goal: .90 on two of three tasks.", head, rows)
     text = texts.REWARDS + texts.ranges(setup.held_out, differences=False)
     return Page(
         "5-rewards", "Teachers from their reward alone", text, [table], plots, {"curves": curves}, list(done.values())
     )
+
+
+def _slug(name: str) -> str:
+    return name.lower().replace(",", "").replace(" ", "-")
 
 
 def _of_others(scorer: Scorer, file: Path | None, task: str) -> list[str]:
@@ -411,11 +417,14 @@ CHOICES: dict[str, dict[str, list[str]]] = {
 LESS = "average, less DiffusionOPD's"
 COST_HEAD = ["updates", "seconds", "network calls"]
 CHOICE_HEAD = ["choice", *TASKS, "average", "average, less the recipe's", *COST_HEAD]
+AS_NFT = ["sampling.optimizer_steps=2", "estimator.kl_weight=0.0"]  # what nft.toml has, by which the clip acts
 # By name: the file, its changed settings, and whether every seed is trained or the first alone.
 REWARD_WAYS: dict[str, tuple[str, list[str], bool]] = {
     "NFT": ("nft.toml", [], True),
     "GRPO": ("grpo.toml", ['estimator.name="grpo"'], False),
     "GRPO-Guard": ("grpo.toml", [], False),
+    "GRPO, 2 steps, no KL": ("grpo.toml", ['estimator.name="grpo"', *AS_NFT], False),
+    "GRPO-Guard, 2 steps, no KL": ("grpo.toml", AS_NFT, False),
 }
 CLAIMS: dict[str, Callable[[Setup, Scorer], Page | None]] = {
     "1": methods,

@@ -43,9 +43,11 @@ Nothing is trained here.
 REWARDS = """\
 From the base, by the world's scorer alone (text by the share of right letters): DiffusionNFT (2509.16117), Flow-GRPO
 (2505.05470), GRPO-Guard (2510.22319), with the settings of `teachers/*/nft.toml` and `grpo.toml`. Sampled without
-guidance in 8 steps; scored as the card deploys the teacher. All make two optimizer steps of an update's 64 pictures at
-the same rate, so that GRPO's ratio leaves 1, and pay for no distance to the base. The columns of a first training are
-its scores on tasks that it was not taught, on 50 prompts each. No rate was swept.
+guidance in 8 steps; scored as the card deploys the teacher. `grpo.toml` learns from an update's 64 pictures in one
+optimizer step, so that the ratio is 1 and neither clip nor bias correction acts (GRPO and GRPO-Guard then differ in how
+much each step of the walk counts), and pays for the distance to the base. "2 steps, no KL" is as NFT has it: two
+optimizer steps of an update at the same rate, by which ratio and clip act, and no such price. The columns of a first
+training are its scores on tasks that it was not taught, on 50 prompts each. No rate was swept.
 """
 TUNING = """\
 D-OPSD (arXiv:2605.05204) says that a step-distilled model learns new pictures on its own walk, taught by itself with
