@@ -273,7 +273,7 @@ def test_the_reward_is_computed_while_the_next_batch_is_sampled(folder, monkeypa
         "waited = []\n"
         "def brightness(images, prompts, metadata):\n"
         "    waited.append(second_began.wait(60))\n"
-        "    return [float(i) for i in range(len(images))]\n"
+        "    return [i / 8 for i in range(len(images))]\n"
     )
     write(folder, updates=1)
     recipe = read_teach_recipe(str(folder), [f'output_dir="{folder.parent / "run"}"', "train.batch_size=6"])
