@@ -13,7 +13,7 @@ counted).
 
 What is against reinforcement learning here: the seconds are a small part of what it needs (`5-rewards.md`); text is
 scored right or wrong, not by the share of right letters that teaches the text teacher; each task of the cascade begins
-its learning rate's five updates of warm-up again.
+its learning rate's five updates of warm-up again. NFT makes two optimizer steps an update, GRPO-Guard one.
 """
 RANGES = """
 In parentheses after a score: the lowest and the highest seed. Beyond that {prompts} prompts leave {half:.2f} either way
