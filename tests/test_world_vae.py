@@ -25,6 +25,7 @@ def rows(output):
     return [json.loads(line) for line in (output / "wide.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_wider_autoencoder_is_a_stock_one_with_normal_latents_and_its_training_goes_on(tmp_path, drawings):
     module, output = script("world_vae"), tmp_path / "out"
     module.widen(output, drawings, seconds=0.5)
