@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -28,9 +29,11 @@ class Settings(BaseModel):
     """Base of all settings: frozen, no unknown keys, no silent conversion, finite numbers only.
 
     can_override: whether `--set` reaches these settings; if not, errors do not offer it.
+    keys_with_effect: by table, where not all of its keys have one: those that errors offer.
     """
 
     can_override: ClassVar[bool] = True
+    keys_with_effect: ClassVar[Mapping[str, Collection[str]]] = {}
 
     model_config = ConfigDict(
         frozen=True,
@@ -163,7 +166,7 @@ def _in_table(location: Location) -> str:
 
 
 def _keys(model: type[Settings], location: Location) -> list[str]:
-    """The keys that the table at `location` may have."""
+    """The keys with an effect that the table at `location` may have."""
     current: Any = model
     for part in location:
         if isinstance(part, int):
@@ -171,4 +174,5 @@ def _keys(model: type[Settings], location: Location) -> list[str]:
         annotation = current.model_fields[part].annotation
         inner = [a for a in getattr(annotation, "__args__", ()) if isinstance(a, type)]
         current = inner[0] if inner else annotation
-    return list(current.model_fields)
+    offered = model.keys_with_effect.get(dotted(location), current.model_fields)
+    return [key for key in current.model_fields if key in offered]

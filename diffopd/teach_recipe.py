@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PrivateAttr
 
@@ -103,6 +103,8 @@ class TeachRecipe(Recipe):
     pictures: "file.py:function" that draws training pictures; None where prompt rows name a "file_name".
     watch: other teachers whose tasks are scored beside this one.
     """
+
+    keys_with_effect: ClassVar = SHARED
 
     teachers: Annotated[list[TeacherSettings], Field(max_length=0)] = []
     estimator: EstimatorSettings

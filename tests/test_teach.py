@@ -25,7 +25,7 @@ from diffopd.plan import make_plan
 from diffopd.query import supervised_states
 from diffopd.run_folder import LOCK, RunFolder
 from diffopd.teach_check import check_teach, evaluations
-from diffopd.teach_recipe import read_teach_recipe
+from diffopd.teach_recipe import SHARED, read_teach_recipe
 from diffopd.teach_run import assemble_run
 from diffopd.teacher import teacher_card, weights_sha256
 
@@ -457,6 +457,14 @@ def test_each_way_of_teaching_has_a_run_folder_of_its_own(folder):
     write(folder)
     assert read_teach_recipe(str(folder)).output_dir == "runs/teach-dots"
     assert read_teach_recipe(str(again)).output_dir == "runs/teach-dots-again"
+
+
+def test_a_wrong_key_is_offered_only_those_that_teaching_reads(folder):
+    write(folder)
+    with pytest.raises(UserError, match=r"unknown key train\.fuse_teacher\.") as caught:
+        read_teach_recipe(str(folder), ["train.fuse_teacher=true"])
+    known = set(str(caught.value).split("Known: ")[1].rstrip(".").split(", "))
+    assert known == SHARED["train"]
 
 
 REFUSED = [
