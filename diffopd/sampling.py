@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sysconfig
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -19,7 +20,8 @@ from diffopd.prediction import Step, Transition
 from diffopd.supervise import Manner, StudentWalk, Watch
 from diffopd.teacher import Reward
 
-NOT_THE_REWARDS = (__file__, sums.__file__)  # what stands between a training and a reward's own lines
+# What stands between a training and a reward's own lines, and the libraries that these call.
+NOT_THE_REWARDS = (__file__, sums.__file__, *map(sysconfig.get_path, ("stdlib", "purelib", "platlib")))
 Noise = Callable[[int], Tensor]
 
 
@@ -121,7 +123,7 @@ def score(reward: Reward, images: list[Any], rows: list[PromptRow]) -> Tensor:
     try:
         given = reward(images, [row.prompt for row in rows], [row.metadata for row in rows])
     except (ValueError, KeyError, SystemExit) as error:
-        lines = [f for f in traceback.extract_tb(error.__traceback__) if f.filename not in NOT_THE_REWARDS]
+        lines = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(NOT_THE_REWARDS)]
         place = f" ({lines[-1].filename}:{lines[-1].lineno})" if lines else ""
         told = f"{type(error).__name__}: {str(error).rstrip('.')}{place}"
         raise UserError(f"The reward cannot score pictures, of {rows[0].prompt!r} and others: {told}.") from error

@@ -101,6 +101,8 @@ def test_what_an_option_names_and_nobody_has_is_told_by_the_plan(recipe_with, tm
         (WeightedSum((("glow", 1.0, lambda *_: 0.5),)), "'glow' gave one number for 2 pictures"),
         (lambda *_: [0.5, float("inf")], "picture of 'b' is inf"),
         (lambda images, prompts, metadata: metadata[0]["word"], r"KeyError: 'word' \(.*test_reward.py:\d+\)"),
+        (lambda *_: np.stack([np.zeros(1), np.zeros(2)]), r"ValueError: .* \(.*test_reward.py:\d+\)"),
+        (lambda *_: json.loads("no"), r"JSONDecodeError: .* \(.*test_reward.py:\d+\)"),
         (lambda *_: sys.exit("no GPU"), r"SystemExit: no GPU \(.*test_reward.py:\d+\)"),
         (
             WeightedSum((("glow", 1.0, lambda *_: [1, 5]),), shares=True),
