@@ -201,12 +201,19 @@ def teach(
 
             raise typer.Exit(launch(count, sys.argv[1:], lock))
         from diffopd.teach import teach as train
+        from diffopd.teach_log import unlearnt
 
         if not train(read, folder):
             raise typer.Exit(130)
         if _is_main():
+            why = None if read.sampling.prompt_files == "one_after_another" else unlearnt(folder.metrics())
+            remedy = "Begin anew with a lower train.learning_rate, a higher estimator.kl_weight or fewer updates."
+            if why and write:
+                raise UserError(f"{folder.path}: was not written, for what it learnt is lost: {why}. {remedy}")
             made = write_weights(read, folder, overwrite=overwrite) if write else folder.latest_checkpoint()
             typer.echo(f"Done: the teacher's weights are in {made}.")
+            if why:
+                typer.secho(f"Warning: what it learnt is lost: {why}. {remedy}", fg="yellow", err=True)
 
 
 @app.command()

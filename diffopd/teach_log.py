@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import fmean, variance
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +15,28 @@ from diffopd.learning import Measures
 from diffopd.log import TrainingLog
 from diffopd.processes import Processes
 from diffopd.supervise import Watch
+
+BLOCK = 10  # updates whose mean reward is compared
+CLEARLY = 3.0  # standard errors
+
+
+def unlearnt(rows: Sequence[Mapping[str, Any]]) -> str | None:
+    """Why a run's reward says that what it learnt is lost: its last updates' is clearly below that of its first.
+
+    `rows` are those of metrics.jsonl. None where it is not, or where there are too few updates to tell.
+    """
+    rewards = [row["reward"] for row in rows if row["kind"] == "update" and "reward" in row]
+    blocks = [rewards[end - BLOCK : end] for end in range(BLOCK, len(rewards) + 1)]
+    if len(rewards) < 2 * BLOCK:
+        return None
+    first, last = blocks[0], blocks[-1]
+    if fmean(first) - fmean(last) <= CLEARLY * math.sqrt((variance(first) + variance(last)) / BLOCK):
+        return None
+    best = max(range(len(blocks)), key=lambda place: fmean(blocks[place]))
+    return (
+        f"the reward of its last {BLOCK} updates is {fmean(last):.3g} and was {fmean(first):.3g} in the first; it was "
+        f"best in updates {best + 1} to {best + BLOCK}, {fmean(blocks[best]):.3g}"
+    )
 
 
 @dataclass

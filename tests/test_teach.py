@@ -25,6 +25,7 @@ from diffopd.plan import make_plan
 from diffopd.query import supervised_states
 from diffopd.run_folder import LOCK, RunFolder
 from diffopd.teach_check import check_teach, evaluations
+from diffopd.teach_log import unlearnt
 from diffopd.teach_recipe import SHARED, read_teach_recipe
 from diffopd.teach_run import assemble_run
 from diffopd.teacher import teacher_card, weights_sha256
@@ -413,6 +414,35 @@ def test_weights_go_into_the_teachers_folder_only_when_asked_and_never_over_othe
     assert command(folder, *options).exit_code == 0
     assert target.read_bytes() != before and teacher_card(str(folder), folder).digest()
     assert command(folder, *place, "--overwrite").exit_code == 2
+
+
+def test_a_run_that_lost_what_it_learnt_is_told_and_not_written(folder):
+    write(folder, updates=1)
+    place = ("--output-dir", folder.parent / "run")
+    assert "Warning" not in command(folder, *place).stderr
+    with (folder.parent / "run" / "metrics.jsonl").open("a") as file:
+        for number in range(30):
+            fallen = {"kind": "update", "update": 1, "reward": 0.5 + number / 100 if number < 20 else 0.01}
+            file.write(json.dumps(fallen) + "\n")
+    told = command(folder, *place)
+    assert told.exit_code == 0 and "Warning: what it learnt is lost" in told.stderr and "kl_weight" in told.stderr
+    refused = command(folder, *place, "--write")
+    assert refused.exit_code == 2 and "was not written" in refused.stderr
+    assert not (folder / "pytorch_lora_weights.safetensors").exists()
+
+
+def test_only_a_clear_fall_below_the_beginning_is_a_loss():
+    def told(*rewards):
+        return unlearnt([{"kind": "update", "reward": reward} for reward in rewards])
+
+    begun, best = [0.3, 0.34] * 5, [0.6] * 10
+    assert told(*begun, *best, *[0.1] * 10) == (
+        "the reward of its last 10 updates is 0.1 and was 0.32 in the first; it was best in updates 11 to 20, 0.6"
+    )
+    assert told(*begun, *best, *[0.2, 0.44] * 5) is None, "less than the best, not than the first"
+    assert told(*begun, *best, *[0.1, 0.5] * 5) is None, "within the noise"
+    assert told(*begun, *[0.1] * 9) is None, "too few"
+    assert unlearnt([{"kind": "update", "loss": 1.0}] * 40) is None, "from pictures"
 
 
 def test_a_folder_in_which_another_process_works_is_refused(folder):
