@@ -12,7 +12,7 @@ from typing import Any
 
 import reproduce_gradients as gradients
 import reproduce_texts as texts
-from reproduce_pages import Page, Plot, Table, lines, sheet, spread
+from reproduce_pages import BESIDE, Page, Plot, Table, lines, sheet, spread
 from reproduce_runs import (
     Cost,
     Setup,
@@ -29,6 +29,7 @@ from reproduce_scores import DEPLOYED, NATIVE, TASKS, Scorer, Scores, apart, dra
 from reproduce_tuning import fewer_steps, fine_tuning
 
 from diffopd.recipe import read_recipe
+from diffopd.teach_log import unlearnt
 from diffopd.teach_recipe import read_teach_recipe
 
 SHOWN = 10  # pictures of a row
@@ -233,7 +234,9 @@ def _gradient_page(
     caption = "Variance of the estimate over that of the closed form, by noise level; geometric mean over all runs."
     tables = [Table(caption, ["sigma", *ratios], rows)]
     shown = {name: [(sigma, _geometric(by[sigma])) for sigma in sigmas] for name, by in ratios.items()}
-    plots = [Plot("variance", "Variance ratio by noise level.", lines(shown, "sigma", "variance ratio", log_y=True))]
+    plots = [
+        Plot("variance", "Variance ratio by noise level.", lines(shown, "sigma", "variance ratio", log_y=True), BESIDE)
+    ]
     if curves:
         updates = sorted(next(iter(curves.values())))
         learnt = [[update, *(_mean(by[update]) for by in curves.values())] for update in updates]
@@ -241,7 +244,7 @@ def _gradient_page(
         tables.append(Table(caption, ["update", *curves], learnt))
         learned = {name: [(update, _mean(by[update])) for update in updates] for name, by in curves.items()}
         drawn = lines(learned, "update", "held-out KL per dimension", log_y=True)
-        plots.append(Plot("curves", "Held-out KL while training, the same updates and rate.", drawn))
+        plots.append(Plot("curves", "Held-out KL while training, the same updates and rate.", drawn, BESIDE))
     data = {"ratios": {n: {str(s): v for s, v in by.items()} for n, by in ratios.items()}, "curves": curves}
     text = texts.GRADIENT.format(**size)
     return Page("2-gradient", "Closed-form gradient against the score function", text, tables, plots, data)
@@ -303,8 +306,7 @@ def reward_teachers(setup: Setup, scorer: Scorer) -> Page | None:
     """Claim 5: NFT and GRPO(-Guard) from the base by reward alone."""
     trainings = {
         (task, name, seed): partial(teach, setup, f"{task}-{_slug(name)}", seed, f"{task}/{file}", settings)
-        for task, (name, (file, settings, all_seeds)) in product(TASKS, REWARD_WAYS.items())
-        for seed in (setup.seeds if all_seeds else setup.seeds[:1])
+        for task, (name, (file, settings)), seed in product(TASKS, REWARD_WAYS.items(), setup.seeds)
     }
     done = side_by_side(setup, trainings)
     if setup.listing:
@@ -312,40 +314,43 @@ def reward_teachers(setup: Setup, scorer: Scorer) -> Page | None:
     runs: dict[tuple[str, str], list[Path]] = {}
     for (task, name, _), folder in done.items():
         runs.setdefault((task, name), []).append(folder)
-    rows, curves = [], {}
+    rows, curves, each = [], {}, {}
     for (task, name), held in runs.items():
         scores = [mean_of(scorer.adapter(last_adapter(folder), CARDS, tasks=[task]))[task] for folder in held]
         other = _of_others(scorer, last_adapter(held[0]), task)
         own = [costs(folder)[-1] for folder in held]
         seen = round(sum(cost.images for cost in own) / len(own))
-        file, settings, _ = REWARD_WAYS[name]
+        file, settings = REWARD_WAYS[name]
         recipe = read_teach_recipe(f"{task}/{file}", settings)
         how = [recipe.sampling.optimizer_steps, f"{recipe.estimator.reference_weight:g}"]
-        rows.append([task, name, len(held), spread(scores), *other, seen, *how, *_cost_cells(own)])
-        curves.setdefault(task, {})[name] = _reward_curve([updates_of(folder) for folder in held])
+        updates = [updates_of(folder) for folder in held]
+        lost = sum(unlearnt(update) is not None for update in updates)
+        rows.append([task, name, len(held), lost, spread(scores), *other, seen, *how, *_cost_cells(own)])
+        curves.setdefault(task, {})[name] = _reward_curve(updates)
+        each.setdefault(task, {})[name] = [_reward_curve([update]) for update in updates]
     for task in TASKS:
         score = mean_of(scorer.reference("base", CARDS, tasks=[task]))[task]
-        rows.append([task, "the base", "-", spread([score]), *_of_others(scorer, None, task), *["-"] * 6])
+        rows.append([task, "the base", "-", "-", spread([score]), *_of_others(scorer, None, task), *["-"] * 6])
     others = [f"{task} (first training)" for task in TASKS]
-    head = ["task", "by", "trainings", "held out, 20 steps, guidance 2", *others, "images seen"]
-    head += ["optimizer steps an update", "price of the distance to the base", *COST_HEAD]
+    head = ["task", "by", "trainings", "that lost what they learnt", "held out, 20 steps, guidance 2", *others]
+    head += ["images seen", "optimizer steps an update", "price of the distance to the base", *COST_HEAD]
     drawn = {
         f"{task}: {name}": scorer.drawn(file, CARDS, task, min(SHOWN, setup.held_out))
         for task in TASKS
         for name, file in {"base": None, **{n: last_adapter(h[0]) for (t, n), h in runs.items() if t == task}}.items()
     }
-    caption = f"{{}}: reward of the sampled pictures, mean of {BLOCK} updates and of the trainings."
-    plots = [
-        Plot(task, caption.format(task.capitalize()), lines(by_name, "images seen", f"reward, {task}"))
-        for task, by_name in curves.items()
-    ]
+    caption = f": reward of the sampled pictures, mean of {BLOCK} updates and of the trainings, as far as all go; "
+    caption += "thin: each training."
+    plots = []
+    for task, by_name in curves.items():
+        drawing = lines(by_name, "images seen", f"reward, {task}", each=each[task])
+        plots.append(Plot(task, task.capitalize() + caption, drawing, BESIDE))
     asked = "The first held-out prompts, drawn by the base and the first training of each kind, from the same noise."
     plots.append(Plot("drawn", asked, sheet(drawn), size=(9.0, 13.0)))
     table = Table("Goal: .90 on two of three tasks.", head, rows)
     text = texts.REWARDS + texts.ranges(setup.held_out, differences=False)
-    return Page(
-        "5-rewards", "Teachers from their reward alone", text, [table], plots, {"curves": curves}, list(done.values())
-    )
+    data = {"curves": curves, "each": each}
+    return Page("5-rewards", "Teachers from their reward alone", text, [table], plots, data, list(done.values()))
 
 
 def _slug(name: str) -> str:
@@ -418,13 +423,13 @@ LESS = "average, less DiffusionOPD's"
 COST_HEAD = ["updates", "seconds", "network calls"]
 CHOICE_HEAD = ["choice", *TASKS, "average", "average, less the recipe's", *COST_HEAD]
 AS_NFT = ["sampling.optimizer_steps=2", "estimator.kl_weight=0.0"]  # what nft.toml has, by which the clip acts
-# By name: the file, its changed settings, and whether every seed is trained or the first alone.
-REWARD_WAYS: dict[str, tuple[str, list[str], bool]] = {
-    "NFT": ("nft.toml", [], True),
-    "GRPO": ("grpo.toml", ['estimator.name="grpo"'], False),
-    "GRPO-Guard": ("grpo.toml", [], False),
-    "GRPO, 2 steps, no KL": ("grpo.toml", ['estimator.name="grpo"', *AS_NFT], False),
-    "GRPO-Guard, 2 steps, no KL": ("grpo.toml", AS_NFT, False),
+# By name: the file and its changed settings.
+REWARD_WAYS: dict[str, tuple[str, list[str]]] = {
+    "NFT": ("nft.toml", []),
+    "GRPO": ("grpo.toml", ['estimator.name="grpo"']),
+    "GRPO-Guard": ("grpo.toml", []),
+    "GRPO, 2 steps, no KL": ("grpo.toml", ['estimator.name="grpo"', *AS_NFT]),
+    "GRPO-Guard, 2 steps, no KL": ("grpo.toml", AS_NFT),
 }
 CLAIMS: dict[str, Callable[[Setup, Scorer], Page | None]] = {
     "1": methods,

@@ -7,7 +7,7 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +22,8 @@ from diffopd.run_folder import RunFolder, atomic_write
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "numpy")
 COLORS = ("#3366cc", "#dc3912", "#ff9900", "#109618", "#990099", "#0099c6", "#dd4477", "#66aa00")
+BESIDE = (8.4, 4.0)  # inches of a plot with its legend beside it
+Line = Sequence[tuple[float, float]]
 
 
 @dataclass(frozen=True)
@@ -127,15 +129,17 @@ def _draw(plot: Plot, file: Path) -> None:
 
 
 def lines(
-    series: dict[str, Sequence[tuple[float, float]]], x: str, y: str, *, log_y: bool = False
+    series: dict[str, Line], x: str, y: str, *, log_y: bool = False, each: Mapping[str, Sequence[Line]] | None = None
 ) -> Callable[[Any], None]:
-    """A drawing of named lines with dots."""
+    """A drawing of named lines with dots, the legend beside it. each: thin lines in the color of a name."""
 
     def draw(axes: Any) -> None:
         for (label, points), color in zip(series.items(), COLORS * len(series), strict=False):
             axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label, color=color)
+            for thin in (each or {}).get(label, ()):
+                axes.plot(*zip(*thin, strict=True), linewidth=0.7, alpha=0.5, color=color)
         axes.set(xlabel=x, ylabel=y, yscale="log" if log_y else "linear")
-        axes.legend(frameon=False)
+        axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
     return draw
 
