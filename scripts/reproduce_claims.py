@@ -412,6 +412,8 @@ CHOICES: dict[str, dict[str, list[str]]] = {
         "all 4": [],
         "3 of 4": ["objective.query={indices = [0, 1, 2]}"],
         "1 of 4": ["objective.query={random = 1}"],
+        "all 4 at half the rate": ["train.learning_rate=1e-3"],
+        "1 of 4 at half the rate": ["objective.query={random = 1}", "train.learning_rate=1e-3"],
     },
     "Weighting": {
         "mean matching": [],

@@ -32,8 +32,9 @@ that a baseline which knows the state alone can be. Curves: {updates} updates of
 steps, the recipe's rate, one draw a state for the estimates.
 """
 CHOICES = """\
-One change of `together.toml` at a time, the same seconds of training. DiffusionOPD found deterministic rollouts up to
-five times as efficient as a = .7; D-OPSD weighs by the denoised picture; DanceOPD supervises one state.
+One change of `together.toml` at a time (but that one state of 4 was also tried at half the rate, beside all 4), the
+same seconds of training. DiffusionOPD found deterministic rollouts up to five times as efficient as a = .7; D-OPSD
+weighs by the denoised picture; DanceOPD supervises one state.
 """
 SOLVERS = """\
 A student that matches a teacher's prediction at every state it visits (m = 1) is that teacher walked in the student's
