@@ -168,15 +168,20 @@ def teach(
         bool, typer.Option("--write", help="At the end put the weights, and their sha256, into the teacher's folder.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="With --write: replace weights there.")] = False,
+    checkpoint: Annotated[
+        int | None, typer.Option(min=1, help="With --write: the weights of this update instead of the last.")
+    ] = None,
 ) -> None:
     """Make the weights that a teacher's folder describes (teach.toml), from pictures or from a reward."""
     from diffopd.run_folder import has_begun
     from diffopd.teach_check import check_teach, open_pictures, render_teach, try_teach_rewards
     from diffopd.teach_recipe import read_teach_recipe
-    from diffopd.teach_write import check_writable, write_weights
+    from diffopd.teach_write import check_writable, fallen, write_weights
 
     if overwrite and not write:
         raise UserError("--overwrite has no effect without --write. Give both, or neither.")
+    if checkpoint is not None and not write:
+        raise UserError("--checkpoint has no effect without --write. Give both, or neither.")
     options = list(overrides or []) + ([f"output_dir={json.dumps(str(output_dir))}"] if output_dir else [])
     read = read_teach_recipe(teacher, options)
     _quiet_libraries()
@@ -201,19 +206,14 @@ def teach(
 
             raise typer.Exit(launch(count, sys.argv[1:], lock))
         from diffopd.teach import teach as train
-        from diffopd.teach_log import unlearnt
 
         if not train(read, folder):
             raise typer.Exit(130)
         if _is_main():
-            why = None if read.sampling.prompt_files == "one_after_another" else unlearnt(folder.metrics())
-            remedy = "Begin anew with a lower train.learning_rate, a higher estimator.kl_weight or fewer updates."
-            if why and write:
-                raise UserError(f"{folder.path}: was not written, for what it learnt is lost: {why}. {remedy}")
-            made = write_weights(read, folder, overwrite=overwrite) if write else folder.latest_checkpoint()
-            typer.echo(f"Done: the teacher's weights are in {made}.")
-            if why:
-                typer.secho(f"Warning: what it learnt is lost: {why}. {remedy}", fg="yellow", err=True)
+            written = write_weights(read, folder, number=checkpoint, overwrite=overwrite) if write else None
+            typer.echo(f"Done: the teacher's weights are in {written or folder.latest_checkpoint()}.")
+            if not write and (why := fallen(read, folder)):
+                typer.secho(f"Warning: {why}", fg=typer.colors.YELLOW, err=True)
 
 
 @app.command()

@@ -130,10 +130,14 @@ class RunFolder:
         lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
         return [_json(line, f"{path}:{number}", "Remove that line") for number, line in enumerate(lines, start=1)]
 
+    def checkpoints(self) -> dict[int, Path]:
+        """update -> finished checkpoint, increasing."""
+        found = [path for path in self.path.glob("checkpoint-*") if CHECKPOINT.fullmatch(path.name)]
+        return {_update_of(path): path for path in sorted(found, key=_update_of)}
+
     def latest_checkpoint(self) -> Path | None:
         """The finished checkpoint-N with the highest N, None where there is none."""
-        found = [path for path in self.path.glob("checkpoint-*") if CHECKPOINT.fullmatch(path.name)]
-        return max(found, key=_update_of, default=None)
+        return next(reversed(self.checkpoints().values()), None)
 
     def kept(self) -> str:
         """What of a run is on the disk, a sentence for whoever sees it end before its end."""
@@ -178,6 +182,10 @@ class RunFolder:
         checkpoint = self.latest_checkpoint()
         return {"checkpoint": checkpoint.name if checkpoint else None, "recipe": resolved}
 
+    def resolved(self) -> dict[str, Any]:
+        """The settings of this run, of any command, as they were resolved when it was made."""
+        return self._stored()["recipe"]
+
     def hashes(self) -> dict[str, str]:
         """file -> sha256 of all that the run began with: weights, configs, prompts, rewards."""
         return self._stored()["hashes"]
@@ -194,7 +202,7 @@ class RunFolder:
     def _refuse_another_run(self, recipe: Recipe, hashes: dict[str, str], processes: int) -> None:
         stored = self._stored()
         fixed = SCHEDULE if recipe.fixed_length else set()
-        changes = _differences(stored["recipe"], recipe.resolved(), FREE_TO_CHANGE - fixed)
+        changes = differences(stored["recipe"], recipe.resolved(), FREE_TO_CHANGE - fixed)
         why = f" ({recipe.fixed_length})" if any(change.startswith(tuple(fixed)) for change in changes[:3]) else ""
         if changes:
             raise UserError(
@@ -286,7 +294,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _differences(before: Any, after: Any, free: set[str], key: str = "") -> list[str]:
+def differences(before: Any, after: Any, free: set[str], key: str = "") -> list[str]:
     """'key was X, is Y' for every setting that makes another run, those in `free` aside."""
     if key in free or before == after:
         return []
@@ -295,6 +303,6 @@ def _differences(before: Any, after: Any, free: set[str], key: str = "") -> list
         return [
             difference
             for name in names
-            for difference in _differences(before.get(name), after.get(name), free, f"{key}.{name}" if key else name)
+            for difference in differences(before.get(name), after.get(name), free, f"{key}.{name}" if key else name)
         ]
     return [f"{key} was {json.dumps(before)}, is {json.dumps(after)}"]

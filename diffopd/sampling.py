@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import site
 import sysconfig
 import traceback
 from collections.abc import Callable, Sequence
@@ -20,8 +21,10 @@ from diffopd.prediction import Step, Transition
 from diffopd.supervise import Manner, StudentWalk, Watch
 from diffopd.teacher import Reward
 
-# What stands between a training and a reward's own lines, and the libraries that these call.
-NOT_THE_REWARDS = (__file__, sums.__file__, *map(sysconfig.get_path, ("stdlib", "purelib", "platlib")))
+OURS = (__file__, sums.__file__)  # what stands between a training and a reward's own lines
+# What these call: Python's own modules and installed libraries.
+LIBRARIES = ("<", *map(sysconfig.get_path, ("stdlib", "purelib", "platlib")), *site.getsitepackages())
+LIBRARIES += (site.getusersitepackages(),)
 Noise = Callable[[int], Tensor]
 
 
@@ -123,8 +126,9 @@ def score(reward: Reward, images: list[Any], rows: list[PromptRow]) -> Tensor:
     try:
         given = reward(images, [row.prompt for row in rows], [row.metadata for row in rows])
     except (ValueError, KeyError, SystemExit) as error:
-        lines = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(NOT_THE_REWARDS)]
-        place = f" ({lines[-1].filename}:{lines[-1].lineno})" if lines else ""
+        lines = [f for f in traceback.extract_tb(error.__traceback__) if f.filename not in OURS]
+        own = [f for f in lines if not f.filename.startswith(LIBRARIES)] or lines  # an installed reward has only these
+        place = f" ({own[-1].filename}:{own[-1].lineno})" if own else ""
         told = f"{type(error).__name__}: {str(error).rstrip('.')}{place}"
         raise UserError(f"The reward cannot score pictures, of {rows[0].prompt!r} and others: {told}.") from error
     scores = torch.as_tensor(given, dtype=torch.float64).cpu().flatten()

@@ -29,11 +29,9 @@ class Settings(BaseModel):
     """Base of all settings: frozen, no unknown keys, no silent conversion, finite numbers only.
 
     can_override: whether `--set` reaches these settings; if not, errors do not offer it.
-    keys_with_effect: by table, where not all of its keys have one: those that errors offer.
     """
 
     can_override: ClassVar[bool] = True
-    keys_with_effect: ClassVar[Mapping[str, Collection[str]]] = {}
 
     model_config = ConfigDict(
         frozen=True,
@@ -122,20 +120,28 @@ def _indexed(parts: list[str], counts: dict[Location, int]) -> Location:
     return path
 
 
-def validated(model: type[Model], data: dict[str, Any], source: Source) -> Model:
-    """`data` as `model`. Raises UserError naming every wrong key, its place and what is allowed."""
+def validated(
+    model: type[Model], data: dict[str, Any], source: Source, offered: Mapping[str, Collection[str]] | None = None
+) -> Model:
+    """`data` as `model`. Raises UserError naming every wrong key, its place and what is allowed.
+
+    offered: table ("" for the top) -> the keys to name in place of a wrong one, where not all that are known have an
+    effect.
+    """
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        found = [_explain(model, details, source) for details in error.errors()]
+        found = [_explain(model, details, source, offered or {}) for details in error.errors()]
         raise UserError("\n".join(dict.fromkeys(found))) from error
 
 
-def _explain(model: type[Settings], details: dict[str, Any], source: Source) -> str:
+def _explain(
+    model: type[Settings], details: dict[str, Any], source: Source, offered: Mapping[str, Collection[str]]
+) -> str:
     location: Location = tuple(details["loc"])
     place, name, kind = source.place(location), dotted(location), details["type"]
     if kind == "extra_forbidden":
-        return f"{place}: unknown key {name}.{suggestion(str(location[-1]), _keys(model, location[:-1]))}"
+        return f"{place}: unknown key {name}.{suggestion(str(location[-1]), _keys(model, location[:-1], offered))}"
     if kind == "missing":
         return f"{place}: {name} is missing. Add it{_in_table(location)}."
     if kind == "value_error":
@@ -165,8 +171,8 @@ def _in_table(location: Location) -> str:
     return f" to [{dotted(location[:-1])}]" if len(location) > 1 else " at the top"
 
 
-def _keys(model: type[Settings], location: Location) -> list[str]:
-    """The keys with an effect that the table at `location` may have."""
+def _keys(model: type[Settings], location: Location, offered: Mapping[str, Collection[str]]) -> list[str]:
+    """The keys to offer for the table at `location`."""
     current: Any = model
     for part in location:
         if isinstance(part, int):
@@ -174,5 +180,5 @@ def _keys(model: type[Settings], location: Location) -> list[str]:
         annotation = current.model_fields[part].annotation
         inner = [a for a in getattr(annotation, "__args__", ()) if isinstance(a, type)]
         current = inner[0] if inner else annotation
-    offered = model.keys_with_effect.get(dotted(location), current.model_fields)
-    return [key for key in current.model_fields if key in offered]
+    named = offered.get(dotted(location), current.model_fields)
+    return [key for key in current.model_fields if key in named]

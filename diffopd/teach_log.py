@@ -17,26 +17,43 @@ from diffopd.processes import Processes
 from diffopd.supervise import Watch
 
 BLOCK = 10  # updates whose mean reward is compared
-CLEARLY = 3.0  # standard errors
+CLEARLY = 3.0  # standard errors of such a difference, by how the first updates scatter
+MATTERS = 0.1  # of the spread of single pictures' rewards
 
 
-def unlearnt(rows: Sequence[Mapping[str, Any]]) -> str | None:
-    """Why a run's reward says that what it learnt is lost: its last updates' is clearly below that of its first.
+@dataclass(frozen=True)
+class Fall:
+    """A run whose reward ended below where it began: means of the first, the last and the best `BLOCK` updates.
 
-    `rows` are those of metrics.jsonl. None where it is not, or where there are too few updates to tell.
+    until: the update at which the best ones ended.
     """
-    rewards = [row["reward"] for row in rows if row["kind"] == "update" and "reward" in row]
-    blocks = [rewards[end - BLOCK : end] for end in range(BLOCK, len(rewards) + 1)]
+
+    first: float
+    last: float
+    best: float
+    until: int
+
+    def __str__(self) -> str:
+        best = f"best in updates {self.until - BLOCK + 1} to {self.until}, {self.best:.4g}"
+        return f"the reward of its last {BLOCK} updates is {self.last:.4g}, of its first {self.first:.4g} ({best})"
+
+
+def fall_of(rows: Sequence[Mapping[str, Any]]) -> Fall | None:
+    """Whether a run ended clearly worse than it began, by the rewards that it trained on.
+
+    `rows` are those of metrics.jsonl. None where it did not, where there are fewer than two blocks of updates to tell,
+    and for a run without rewards.
+    """
+    updates = [row for row in rows if row["kind"] == "update" and "reward" in row]
+    rewards = [row["reward"] for row in updates]
     if len(rewards) < 2 * BLOCK:
         return None
-    first, last = blocks[0], blocks[-1]
-    if fmean(first) - fmean(last) <= CLEARLY * math.sqrt((variance(first) + variance(last)) / BLOCK):
+    means = [fmean(rewards[end - BLOCK : end]) for end in range(BLOCK, len(rewards) + 1)]
+    noise = CLEARLY * math.sqrt(2 * variance(rewards[:BLOCK]) / BLOCK)
+    if means[0] - means[-1] <= max(noise, MATTERS * fmean(row["reward_std"] for row in updates)):
         return None
-    best = max(range(len(blocks)), key=lambda place: fmean(blocks[place]))
-    return (
-        f"the reward of its last {BLOCK} updates is {fmean(last):.3g} and was {fmean(first):.3g} in the first; it was "
-        f"best in updates {best + 1} to {best + BLOCK}, {fmean(blocks[best]):.3g}"
-    )
+    best = max(range(len(means)), key=means.__getitem__)
+    return Fall(means[0], means[-1], means[best], updates[best + BLOCK - 1]["update"])
 
 
 @dataclass

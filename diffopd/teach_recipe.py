@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, PrivateAttr
 
@@ -104,8 +104,6 @@ class TeachRecipe(Recipe):
     watch: other teachers whose tasks are scored beside this one.
     """
 
-    keys_with_effect: ClassVar = SHARED
-
     teachers: Annotated[list[TeacherSettings], Field(max_length=0)] = []
     estimator: EstimatorSettings
     sampling: SamplingSettings = SamplingSettings()
@@ -173,7 +171,7 @@ def read_teach_recipe(name: str, overrides: list[str] | None = None) -> TeachRec
     way = "" if file.stem == "teach" else f"-{file.stem}"  # a folder for each way of teaching it
     data.setdefault("output_dir", f"runs/teach-{data['name']}{way}")
     of_card = _student_of_card(data.setdefault("student", {}), card)
-    recipe = validated(TeachRecipe, data, source)
+    recipe = validated(TeachRecipe, data, source, _with_effect(data.get("estimator")))
     recipe._source, recipe._card, recipe._of_card = source, card, of_card
     _refuse_without_effect(recipe)
     _check_student(recipe)
@@ -213,6 +211,13 @@ def _student_of_card(student: Any, card: TeacherCard) -> frozenset[str]:
     given = frozenset(OF_CARD) - set(student)
     student |= {key: getattr(card, OF_CARD[key]) for key in given}
     return given
+
+
+def _with_effect(estimator: Any) -> dict[str, set[str]]:
+    """The keys to offer for a wrong one, by table, as `_refuse_without_effect` will have them."""
+    name = estimator.get("name") if isinstance(estimator, dict) else None
+    of_estimator = {"estimator": OF_ESTIMATOR[name]} if name in OF_ESTIMATOR else {}
+    return {**SHARED, **of_estimator, "": set(TeachRecipe.model_fields) - {"teachers"}}
 
 
 def _refuse_without_effect(recipe: TeachRecipe) -> None:

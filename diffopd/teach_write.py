@@ -12,6 +12,7 @@ from diffopd.errors import UserError
 from diffopd.load import LORA_FILE
 from diffopd.run_folder import RunFolder, atomic_write
 from diffopd.settings import read_toml
+from diffopd.teach_log import fall_of
 from diffopd.teach_recipe import TeachRecipe
 from diffopd.teacher import TeacherCard, weight_files, weights_sha256
 
@@ -42,16 +43,22 @@ def check_writable(recipe: TeachRecipe, *, overwrite: bool) -> None:
     _with_sha256(recipe.card, "0" * 64)
 
 
-def write_weights(recipe: TeachRecipe, run: RunFolder, *, overwrite: bool = False) -> Path:
-    """Copy the last checkpoint's weights to where the card says, and correct its sha256; returns the weights' path.
+def write_weights(recipe: TeachRecipe, run: RunFolder, *, number: int | None = None, overwrite: bool = False) -> Path:
+    """Copy a checkpoint's weights to where the card says, and correct its sha256; returns the weights' path.
 
-    A LoRA carries its rank, alpha and targets as metadata, as in the checkpoint. Raises UserError for a run without
-    a checkpoint, and for weights that are there unless `overwrite`.
+    number: which checkpoint; None the last, unless the run fell (`fall_of`). A LoRA carries its rank, alpha and targets
+    as metadata, as in the checkpoint. Raises UserError for a run that fell, for a checkpoint that is not there, and for
+    weights that are there unless `overwrite`.
     """
     check_writable(recipe, overwrite=overwrite)
-    checkpoint, target = run.latest_checkpoint(), target_of(recipe)
-    if checkpoint is None:
+    held, target = run.checkpoints(), target_of(recipe)
+    if not held:
         raise UserError(f"{run.path}: has no checkpoint whose weights could be written. Train it first.")
+    if number is not None and number not in held:
+        raise UserError(f"{run.path}: has no checkpoint-{number}; there are {', '.join(map(str, held))}.")
+    if number is None and (fall := fallen(recipe, run)):
+        raise UserError(f"{run.path}: was not written. {fall}")
+    checkpoint = held[max(held) if number is None else number]
     if recipe.card.form == "lora":
         target.parent.mkdir(parents=True, exist_ok=True)
         atomic_write(target, (checkpoint / LORA_FILE).read_bytes())
@@ -59,6 +66,22 @@ def write_weights(recipe: TeachRecipe, run: RunFolder, *, overwrite: bool = Fals
         _replace_folder(_denoiser_folder(checkpoint), target)
     atomic_write(recipe.card.path, _with_sha256(recipe.card, weights_sha256(target)))
     return target
+
+
+def fallen(recipe: TeachRecipe, run: RunFolder) -> str | None:
+    """What to tell of a run that ended worse than it began; None for others, and where tasks come one after another."""
+    fall = None if recipe.sampling.prompt_files == "one_after_another" else fall_of(run.metrics())
+    if fall is None:
+        return None
+    held = run.checkpoints()
+    near = min(held, key=lambda number: abs(number - fall.until))
+    earlier = (
+        f"checkpoint-{near} is the nearest to the best (--write --checkpoint {near}). " if near != max(held) else ""
+    )
+    return (
+        f"It ended worse than it began: {fall}. {earlier}Fewer updates, a lower train.learning_rate or a higher "
+        f"estimator.kl_weight may prevent that; --write --checkpoint {max(held)} takes what it came to all the same."
+    )
 
 
 def _denoiser_folder(checkpoint: Path) -> Path:

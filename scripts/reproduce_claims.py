@@ -29,7 +29,7 @@ from reproduce_scores import DEPLOYED, NATIVE, TASKS, Scorer, Scores, apart, dra
 from reproduce_tuning import fewer_steps, fine_tuning
 
 from diffopd.recipe import read_recipe
-from diffopd.teach_log import unlearnt
+from diffopd.teach_log import fall_of
 from diffopd.teach_recipe import read_teach_recipe
 
 SHOWN = 10  # pictures of a row
@@ -319,21 +319,21 @@ def reward_teachers(setup: Setup, scorer: Scorer) -> Page | None:
         scores = [mean_of(scorer.adapter(last_adapter(folder), CARDS, tasks=[task]))[task] for folder in held]
         other = _of_others(scorer, last_adapter(held[0]), task)
         own = [costs(folder)[-1] for folder in held]
-        seen = round(sum(cost.images for cost in own) / len(own))
+        seen = ", ".join(f"{cost.images:,}" for cost in own)
         file, settings = REWARD_WAYS[name]
         recipe = read_teach_recipe(f"{task}/{file}", settings)
         how = [recipe.sampling.optimizer_steps, f"{recipe.estimator.reference_weight:g}"]
         updates = [updates_of(folder) for folder in held]
-        lost = sum(unlearnt(update) is not None for update in updates)
-        rows.append([task, name, len(held), lost, spread(scores), *other, seen, *how, *_cost_cells(own)])
+        fell = sum(fall_of(update) is not None for update in updates)
+        rows.append([task, name, len(held), fell, spread(scores), *other, seen, *how, *_cost_cells(own)])
         curves.setdefault(task, {})[name] = _reward_curve(updates)
         each.setdefault(task, {})[name] = [_reward_curve([update]) for update in updates]
     for task in TASKS:
         score = mean_of(scorer.reference("base", CARDS, tasks=[task]))[task]
         rows.append([task, "the base", "-", "-", spread([score]), *_of_others(scorer, None, task), *["-"] * 6])
     others = [f"{task} (first training)" for task in TASKS]
-    head = ["task", "by", "trainings", "that lost what they learnt", "held out, 20 steps, guidance 2", *others]
-    head += ["images seen", "optimizer steps an update", "price of the distance to the base", *COST_HEAD]
+    head = ["task", "by", "trainings", "that fell", "held out, 20 steps, guidance 2", *others]
+    head += ["images seen (each training)", "optimizer steps an update", "kl_weight", *COST_HEAD]
     drawn = {
         f"{task}: {name}": scorer.drawn(file, CARDS, task, min(SHOWN, setup.held_out))
         for task in TASKS

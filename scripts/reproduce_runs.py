@@ -8,19 +8,19 @@ import os
 import shlex
 import subprocess
 import sys
-import tomllib
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
 from diffopd.errors import UserError
 from diffopd.load import LORA_FILE
-from diffopd.locate import find_recipe, find_tune_recipe
-from diffopd.run_folder import RunFolder, atomic_write
-from diffopd.teach_recipe import find_teach
+from diffopd.recipe import read_recipe
+from diffopd.run_folder import RunFolder, atomic_write, differences
+from diffopd.teach_recipe import OF_ESTIMATOR, EstimatorSettings, TeachRecipe, read_teach_recipe
 
 UNWATCHED = "train.validate_every=0"  # looks while training would take their seconds from it, of RL the most
 SECONDS = "train.max_train_seconds="
@@ -75,34 +75,41 @@ def start(setup: Setup, name: str, command: list[str]) -> Path:
     """Run `diffopd COMMAND` into output/name unless it is finished; returns the run's folder.
 
     A run that was broken off goes on where it was. Raises CalledProcessError where it fails, UserError for one that
-    was finished when its .toml said something else.
+    was finished when the same command meant other settings.
     """
     folder = setup.output / name
     whole = [*command, "--output-dir", str(folder)]
     if setup.listing:
         print(f"diffopd {shlex.join(whole)}")
         return folder
-    done, read = setup.output / f"{name}.json", settings_digest(command)
-    held = json.loads(done.read_text()) if done.is_file() else {}
-    if held and same(setup, held["command"], whole):
-        if held.get("settings", read) != read:
+    done = setup.output / f"{name}.json"
+    if done.is_file() and same(setup, json.loads(done.read_text())["command"], whole):
+        if found := changes(setup, folder, command):
             raise UserError(
-                f"{folder}: was made by other settings of {command[1]}. Move it away, or name another --output."
+                f"{folder}: was made by other settings than {command[1]} has now: {'; '.join(found[:3])}. "
+                "Move it away, or name another --output."
             )
         print(f"{name}: finished already")
         return folder
     print(f"{name} ...", flush=True)
     one_core = {**os.environ, "OMP_NUM_THREADS": "1"}  # budgets are seconds of one
     subprocess.run([sys.executable, "-m", "diffopd.cli", *whole], check=True, env=one_core)
-    done.write_text(json.dumps({"command": whole, "settings": read}, indent=1))
+    done.write_text(json.dumps({"command": whole}, indent=1))
     return folder
 
 
-def settings_digest(command: list[str]) -> str:
-    """sha256 of what the .toml of a command says; its comments do not count."""
-    find = {"distill": find_recipe, "tune": find_tune_recipe, "teach": find_teach}[command[0]]
-    said = tomllib.loads(find(command[1]).read_text(encoding="utf-8"))
-    return hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode()).hexdigest()
+def changes(setup: Setup, folder: Path, command: list[str]) -> list[str]:
+    """'key was X, is Y' of what the command means now and did not when it made the run, defaults as well.
+
+    An estimator's settings count where it reads them.
+    """
+    overrides = [value for flag, value in pairwise(command) if flag == "--set"]
+    recipe = (read_teach_recipe if command[0] == "teach" else read_recipe)(command[1], overrides)
+    free = {"output_dir"} | ({SECONDS.rstrip("=")} if setup.any_seconds else set())
+    if isinstance(recipe, TeachRecipe):
+        read = OF_ESTIMATOR[recipe.estimator.name]
+        free |= {f"estimator.{key}" for key in EstimatorSettings.model_fields if key not in read}
+    return differences(RunFolder(folder).resolved(), recipe.resolved(), free)
 
 
 def same(setup: Setup, one: list[str], other: list[str]) -> bool:

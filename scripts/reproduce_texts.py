@@ -34,7 +34,7 @@ steps, the recipe's rate, one draw a state for the estimates.
 CHOICES = """\
 One change of `together.toml` at a time (but that one state of 4 was also tried at half the rate, beside all 4), the
 same seconds of training. DiffusionOPD found deterministic rollouts up to five times as efficient as a = .7; D-OPSD
-weighs by the denoised picture; DanceOPD supervises one state.
+weighs by the denoised picture; DanceOPD supervises one state. The learning rate is constant here (the recipe's falls).
 """
 SOLVERS = """\
 A student that matches a teacher's prediction at every state it visits (m = 1) is that teacher walked in the student's
@@ -43,12 +43,12 @@ Nothing is trained here.
 """
 REWARDS = """\
 From the base, by the world's scorer alone (text by the share of right letters): DiffusionNFT (2509.16117), Flow-GRPO
-(2505.05470), GRPO-Guard (2510.22319), with the settings of `teachers/*/nft.toml` and `grpo.toml`. Sampled without
-guidance in 8 steps; scored as the card deploys the teacher. `grpo.toml` learns from an update's 64 pictures in one
-optimizer step, so that the ratio is 1 and neither clip nor bias correction acts (GRPO and GRPO-Guard then differ in how
-much each step of the walk counts), and pays for the distance to the base. "2 steps, no KL" is as NFT has it: two
-optimizer steps of an update at the same rate, by which ratio and clip act, and no such price. A training lost what it
-learnt where its last 10 updates' reward is clearly below that of its first 10 (`diffopd teach` warns of it). The
+(2505.05470; "GRPO" below), GRPO-Guard (2510.22319), with the settings of `teachers/*/nft.toml` and `grpo.toml`. Sampled
+without guidance in 8 steps; scored as the card deploys the teacher. `grpo.toml` learns from an update's 64 pictures in
+one optimizer step, so that the ratio is 1 and neither clip nor bias correction acts, and has a KL to the base. GRPO and
+GRPO-Guard then differ in how much each step of the walk counts, and so in how much the KL weighs beside it. "2 steps,
+no KL" is as NFT has it: two optimizer steps of an update at the same rate, by which ratio and clip act, and no KL. A
+training fell where its last 10 updates' reward is clearly below that of its first 10 (`diffopd teach` warns of it). The
 columns of a first training are its scores on tasks that it was not taught, on 50 prompts each. No rate was swept.
 """
 TUNING = """\

@@ -6,6 +6,7 @@ import shlex
 import threading
 import tomllib
 from collections import defaultdict
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -156,11 +157,19 @@ def test_runs_are_given_one_core_as_the_pages_say(monkeypatch, tmp_path):
     assert given[0]["OMP_NUM_THREADS"] == "1"
 
 
+def ran(command, **options):
+    """What a run leaves that `start` reads: its settings."""
+    overrides = [value for flag, value in pairwise(command) if flag == "--set"]
+    folder = Path(command[-1])
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "recipe.json").write_text(json.dumps({"recipe": read_teach_recipe(command[4], overrides).resolved()}))
+
+
 def test_a_finished_run_of_another_length_counts_only_where_that_is_asked_for(monkeypatch, tmp_path):
     import reproduce_runs
 
     started = []
-    monkeypatch.setattr(reproduce_runs.subprocess, "run", lambda command, **options: started.append(command))
+    monkeypatch.setattr(reproduce_runs.subprocess, "run", lambda command, **_: (ran(command), started.append(command)))
     for seconds, any_seconds, told in ((9, False, "text"), (9, False, "text"), (5, True, "text"), (5, True, "style")):
         setup = reproduce_runs.Setup(tmp_path, seconds=seconds, any_seconds=any_seconds)
         reproduce_runs.teach(setup, "nft", 0, f"{told}/nft.toml")
@@ -172,18 +181,29 @@ def test_a_finished_run_of_another_length_counts_only_where_that_is_asked_for(mo
 def test_a_run_that_was_finished_under_other_settings_is_refused(monkeypatch, tmp_path):
     import reproduce_runs
 
-    monkeypatch.setattr(reproduce_runs.subprocess, "run", lambda command, **options: None)
+    monkeypatch.setattr(reproduce_runs.subprocess, "run", ran)
     folder = tmp_path / "text"
     folder.mkdir()
     for name in ("teacher.toml", "nft.toml"):
         (folder / name).write_text((ROOT / "teachers" / "text" / name).read_text())
     setup, file = reproduce_runs.Setup(tmp_path / "runs"), folder / "nft.toml"
-    setup.output.mkdir()
     reproduce_runs.teach(setup, "nft", 0, str(file))
     file.write_text("# a word\n" + file.read_text())
     reproduce_runs.teach(setup, "nft", 0, str(file))
+    stored = tmp_path / "runs" / "nft-seed0" / "recipe.json"
+    for key, is_read in (("kl", False), ("old_decay_rate", True)):  # as if a later version had brought this setting
+        kept = json.loads(stored.read_text())
+        del kept["recipe"]["estimator"][key]
+        before = stored.read_text()
+        stored.write_text(json.dumps(kept))
+        if is_read:
+            with pytest.raises(UserError, match="estimator.old_decay_rate was null, is 0.001"):
+                reproduce_runs.teach(setup, "nft", 0, str(file))
+        else:
+            reproduce_runs.teach(setup, "nft", 0, str(file))
+        stored.write_text(before)
     file.write_text(file.read_text().replace("beta = 1.0", "beta = 0.5"))
-    with pytest.raises(UserError, match="nft-seed0: was made by other settings of .*nft.toml. Move it away"):
+    with pytest.raises(UserError, match=r"seed0: was made .* than .*nft.toml has now: estimator.beta was 1.0, is"):
         reproduce_runs.teach(setup, "nft", 0, str(file))
 
 

@@ -25,7 +25,7 @@ from diffopd.plan import make_plan
 from diffopd.query import supervised_states
 from diffopd.run_folder import LOCK, RunFolder
 from diffopd.teach_check import check_teach, evaluations
-from diffopd.teach_log import unlearnt
+from diffopd.teach_log import Fall, fall_of
 from diffopd.teach_recipe import SHARED, read_teach_recipe
 from diffopd.teach_run import assemble_run
 from diffopd.teacher import teacher_card, weights_sha256
@@ -416,33 +416,44 @@ def test_weights_go_into_the_teachers_folder_only_when_asked_and_never_over_othe
     assert command(folder, *place, "--overwrite").exit_code == 2
 
 
-def test_a_run_that_lost_what_it_learnt_is_told_and_not_written(folder):
-    write(folder, updates=1)
+def test_a_run_that_fell_is_told_and_written_only_by_the_number_of_a_checkpoint(folder):
+    path = write(folder, updates=2)
+    path.write_text(path.read_text().replace("checkpointing_steps = 100", "checkpointing_steps = 1"))
     place = ("--output-dir", folder.parent / "run")
     assert "Warning" not in command(folder, *place).stderr
     with (folder.parent / "run" / "metrics.jsonl").open("a") as file:
         for number in range(30):
-            fallen = {"kind": "update", "update": 1, "reward": 0.5 + number / 100 if number < 20 else 0.01}
+            value = 0.5 + number / 100 if number < 20 else 0.01
+            fallen = {"kind": "update", "update": 1, "reward": value, "reward_std": 0.4}
             file.write(json.dumps(fallen) + "\n")
     told = command(folder, *place)
-    assert told.exit_code == 0 and "Warning: what it learnt is lost" in told.stderr and "kl_weight" in told.stderr
+    assert told.exit_code == 0 and "Warning: It ended worse than it began" in told.stderr
     refused = command(folder, *place, "--write")
-    assert refused.exit_code == 2 and "was not written" in refused.stderr
-    assert not (folder / "pytorch_lora_weights.safetensors").exists()
+    target = folder / "pytorch_lora_weights.safetensors"
+    assert refused.exit_code == 2 and "was not written" in refused.stderr and not target.exists()
+    assert "--write --checkpoint 1" in refused.stderr and "--write --checkpoint 2" in refused.stderr
+    assert command(folder, *place, "--write", "--checkpoint", "1").exit_code == 0
+    assert target.read_bytes() == (folder.parent / "run" / "checkpoint-1" / target.name).read_bytes()
+    missing = command(folder, *place, "--write", "--overwrite", "--checkpoint", "7")
+    assert missing.exit_code == 2 and "has no checkpoint-7; there are 1, 2." in missing.stderr
+    assert command(folder, *place, "--checkpoint", "1").exit_code == 2
 
 
-def test_only_a_clear_fall_below_the_beginning_is_a_loss():
-    def told(*rewards):
-        return unlearnt([{"kind": "update", "reward": reward} for reward in rewards])
+def test_only_a_clear_fall_below_the_beginning_is_one():
+    def told(*rewards, spread=0.4):
+        rows = [{"kind": "update", "update": n, "reward": r, "reward_std": spread} for n, r in enumerate(rewards, 1)]
+        return fall_of([*rows, {"kind": "stop", "update": len(rewards)}])
 
     begun, best = [0.3, 0.34] * 5, [0.6] * 10
-    assert told(*begun, *best, *[0.1] * 10) == (
-        "the reward of its last 10 updates is 0.1 and was 0.32 in the first; it was best in updates 11 to 20, 0.6"
-    )
-    assert told(*begun, *best, *[0.2, 0.44] * 5) is None, "less than the best, not than the first"
-    assert told(*begun, *best, *[0.1, 0.5] * 5) is None, "within the noise"
+    assert told(*begun, *best, *[0.1] * 10) == Fall(pytest.approx(0.32), pytest.approx(0.1), pytest.approx(0.6), 20)
+    assert "is 0.1, of its first 0.32 (best in updates 11 to 20, 0.6)" in str(told(*begun, *best, *[0.1] * 10))
+    assert told(*begun, *best, *[0.33] * 10) is None, "less than the best, not than the first"
+    assert told(*begun, *best, *[0.29] * 10, spread=0.01) and not told(*begun, *best, *[0.3] * 10, spread=0.01), "noise"
+    assert told(*begun, *best, *[0.27] * 10) and not told(*begun, *best, *[0.29] * 10), "a tenth of the spread"
+    assert told(*[-5.0] * 10, *[-2.0] * 10, *[-9.0] * 10).until == 20
     assert told(*begun, *[0.1] * 9) is None, "too few"
-    assert unlearnt([{"kind": "update", "loss": 1.0}] * 40) is None, "from pictures"
+    assert told(*[0.5] * 40, spread=0.0) is None
+    assert fall_of([{"kind": "update", "update": 1, "loss": 1.0}] * 40) is None, "from pictures"
 
 
 def test_a_folder_in_which_another_process_works_is_refused(folder):
@@ -495,6 +506,12 @@ def test_a_wrong_key_is_offered_only_those_that_teaching_reads(folder):
         read_teach_recipe(str(folder), ["train.fuse_teacher=true"])
     known = set(str(caught.value).split("Known: ")[1].rstrip(".").split(", "))
     assert known == SHARED["train"]
+    with pytest.raises(UserError, match=r"unknown key estimator\.clip_rage\. Known") as caught:
+        read_teach_recipe(str(folder), ["estimator.clip_rage=0.1"])  # the guess would be refused of nft
+    assert "clip_range" not in str(caught.value) and "beta" in str(caught.value)
+    with pytest.raises(UserError, match="unknown key teacher") as caught:
+        read_teach_recipe(str(folder), ["teacher=[]"])
+    assert "teachers" not in str(caught.value)
 
 
 REFUSED = [
