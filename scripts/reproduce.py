@@ -6,7 +6,8 @@
 
 The same command goes on where it was: finished runs and scores are kept, an unfinished run is resumed. Pages go to
 docs/results, with the command, seeds, versions and machine that made them. Claims: 1 methods, 2 gradients, 3 choices
-(3-solvers: the part without training), 4 fine-tuning (300 updates, whatever --seconds says), 5 teachers from rewards.
+(3-solvers: the part without training), 4 fine-tuning (300 updates, whatever --seconds says), 5 teachers from rewards
+(5-kl: GRPO's optimizer steps and its KL, one at a time).
 """
 
 from pathlib import Path

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -33,6 +33,7 @@ from diffopd.teach_log import fall_of
 from diffopd.teach_recipe import read_teach_recipe
 
 SHOWN = 10  # pictures of a row
+Way = tuple[str, list[str]]  # a teaching's file and its changed settings
 BLOCK = 10  # updates of a point of a reward's curve
 # What the shipped teachers took to make, on one core (docs/world.md).
 TEACHER_SECONDS = {"composition": 600.0, "text": 420.0, "style": 2520.0}
@@ -304,9 +305,22 @@ def walks(setup: Setup, scorer: Scorer) -> Table:
 
 def reward_teachers(setup: Setup, scorer: Scorer) -> Page | None:
     """Claim 5: NFT and GRPO(-Guard) from the base by reward alone."""
+    text = texts.REWARDS, "Goal: .90 on two of three tasks."
+    return _by_rewards(setup, scorer, REWARD_WAYS, "5-rewards", "Teachers from their reward alone", *text)
+
+
+def steps_or_kl(setup: Setup, scorer: Scorer) -> Page | None:
+    """Beside claim 5: GRPO's one optimizer step and its KL, each changed alone and both, to see which keeps it up."""
+    text = texts.STEPS_OR_KL, "Both estimators, with and without each."
+    return _by_rewards(setup, scorer, STEPS_OR_KL, "5-kl", "GRPO's optimizer steps and its KL, one at a time", *text)
+
+
+def _by_rewards(
+    setup: Setup, scorer: Scorer, ways: Mapping[str, Way], slug: str, title: str, text: str, caption: str
+) -> Page | None:
     trainings = {
         (task, name, seed): partial(teach, setup, f"{task}-{_slug(name)}", seed, f"{task}/{file}", settings)
-        for task, (name, (file, settings)), seed in product(TASKS, REWARD_WAYS.items(), setup.seeds)
+        for task, (name, (file, settings)), seed in product(TASKS, ways.items(), setup.seeds)
     }
     done = side_by_side(setup, trainings)
     if setup.listing:
@@ -320,7 +334,7 @@ def reward_teachers(setup: Setup, scorer: Scorer) -> Page | None:
         other = _of_others(scorer, last_adapter(held[0]), task)
         own = [costs(folder)[-1] for folder in held]
         seen = ", ".join(f"{cost.images:,}" for cost in own)
-        file, settings = REWARD_WAYS[name]
+        file, settings = ways[name]
         recipe = read_teach_recipe(f"{task}/{file}", settings)
         how = [recipe.sampling.optimizer_steps, f"{recipe.estimator.reference_weight:g}"]
         updates = [updates_of(folder) for folder in held]
@@ -339,18 +353,23 @@ def reward_teachers(setup: Setup, scorer: Scorer) -> Page | None:
         for task in TASKS
         for name, file in {"base": None, **{n: last_adapter(h[0]) for (t, n), h in runs.items() if t == task}}.items()
     }
-    caption = f": reward of the sampled pictures, mean of {BLOCK} updates and of the trainings, as far as all go; "
-    caption += "thin: each training."
+    what = f": reward of the sampled pictures, mean of {BLOCK} updates and of the trainings, as far as all go; "
+    what += "thin: each training."
     plots = []
     for task, by_name in curves.items():
         drawing = lines(by_name, "images seen", f"reward, {task}", each=each[task])
-        plots.append(Plot(task, task.capitalize() + caption, drawing, BESIDE))
+        plots.append(Plot(task, task.capitalize() + what, drawing, BESIDE))
     asked = "The first held-out prompts, drawn by the base and the first training of each kind, from the same noise."
-    plots.append(Plot("drawn", asked, sheet(drawn), size=(9.0, 13.0)))
-    table = Table("Goal: .90 on two of three tasks.", head, rows)
-    text = texts.REWARDS + texts.ranges(setup.held_out, differences=False)
+    plots.append(Plot("drawn", asked, sheet(drawn), size=(9.0, 0.72 * len(drawn))))
+    text += texts.ranges(setup.held_out, differences=False)
     data = {"curves": curves, "each": each}
-    return Page("5-rewards", "Teachers from their reward alone", text, [table], plots, data, list(done.values()))
+    return Page(slug, title, text, [Table(caption, head, rows)], plots, data, list(done.values()))
+
+
+def _grpo(*changes: str) -> dict[str, Way]:
+    """Both of GRPO's estimators under each of these changes."""
+    kinds = {"GRPO": ['estimator.name="grpo"'], "GRPO-Guard": []}
+    return {f"{kind}{change}": ("grpo.toml", [*kinds[kind], *AS_NFT[change]]) for change in changes for kind in kinds}
 
 
 def _slug(name: str) -> str:
@@ -424,15 +443,11 @@ CHOICES: dict[str, dict[str, list[str]]] = {
 LESS = "average, less DiffusionOPD's"
 COST_HEAD = ["updates", "seconds", "network calls"]
 CHOICE_HEAD = ["choice", *TASKS, "average", "average, less the recipe's", *COST_HEAD]
-AS_NFT = ["sampling.optimizer_steps=2", "estimator.kl_weight=0.0"]  # what nft.toml has, by which the clip acts
-# By name: the file and its changed settings.
-REWARD_WAYS: dict[str, tuple[str, list[str]]] = {
-    "NFT": ("nft.toml", []),
-    "GRPO": ("grpo.toml", ['estimator.name="grpo"']),
-    "GRPO-Guard": ("grpo.toml", []),
-    "GRPO, 2 steps, no KL": ("grpo.toml", ['estimator.name="grpo"', *AS_NFT]),
-    "GRPO-Guard, 2 steps, no KL": ("grpo.toml", AS_NFT),
-}
+# What grpo.toml has otherwise than nft.toml, one optimizer step and a KL; by two steps ratio and clip act.
+TWO_STEPS, NO_KL = "sampling.optimizer_steps=2", "estimator.kl_weight=0.0"
+AS_NFT = {"": [], ", 2 steps": [TWO_STEPS], ", no KL": [NO_KL], ", 2 steps, no KL": [TWO_STEPS, NO_KL]}
+REWARD_WAYS: dict[str, Way] = {"NFT": ("nft.toml", []), **_grpo("", ", 2 steps, no KL")}
+STEPS_OR_KL = _grpo(*AS_NFT)
 CLAIMS: dict[str, Callable[[Setup, Scorer], Page | None]] = {
     "1": methods,
     "2": gradient,
@@ -442,4 +457,5 @@ CLAIMS: dict[str, Callable[[Setup, Scorer], Page | None]] = {
     "4": fine_tuning,
     "4-2-steps": fewer_steps,
     "5": reward_teachers,
+    "5-kl": steps_or_kl,
 }

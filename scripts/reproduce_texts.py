@@ -51,6 +51,9 @@ no KL" is as NFT has it: two optimizer steps of an update at the same rate, by w
 training fell where its last 10 updates' reward is clearly below that of its first 10 (`diffopd teach` warns of it). The
 columns of a first training are its scores on tasks that it was not taught, on 50 prompts each. No rate was swept.
 """
+STEPS_OR_KL = """\
+As `5-rewards.md`, whose GRPO differs from its "2 steps, no KL" in two things: here each alone as well, and both.
+"""
 TUNING = """\
 D-OPSD (arXiv:2605.05204) says that a step-distilled model learns new pictures on its own walk, taught by itself with
 the picture in view, without losing its few steps or what it knew; fine-tuning it in the ordinary way makes its few-step

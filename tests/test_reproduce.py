@@ -99,6 +99,15 @@ def test_every_command_of_the_claims_is_valid_and_each_run_has_a_folder_of_its_o
     assert sum("LAST" in " ".join(command) for command in commands) == 2 * 2, "the cascade's second and third task"
 
 
+def test_what_separates_steps_from_kl_adds_each_alone_to_claim_5_and_repeats_no_training(capsys, tmp_path):
+    claim = {shlex.join(command) for command in listed(capsys, tmp_path, "5")}
+    both = {shlex.join(command) for command in listed(capsys, tmp_path, "5,5-kl")}
+    assert claim < both and len(both - claim) == 2 * 3 * 4
+    for command in map(shlex.split, both - claim):
+        recipe = read_teach_recipe(command[1], options_of(command))
+        assert (recipe.sampling.optimizer_steps == 2) != (recipe.estimator.reference_weight == 0)
+
+
 def test_every_method_of_claim_1_has_the_same_seconds_and_layers_and_its_seconds_go_into_training(capsys, tmp_path):
     seconds, layers = defaultdict(float), set()
     for command in listed(capsys, tmp_path, "1", quick=False):
