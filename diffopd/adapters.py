@@ -222,7 +222,7 @@ def _active(layer: BaseTunerLayer) -> list[str]:
 class Average:
     """Exponential moving average of parameters, kept in float32.
 
-    decay d: average <- d average + (1 - d) parameter, once per update.
+    decay d: average <- d average + (1 - d) parameter, after each optimizer step.
     """
 
     def __init__(self, parameters: dict[str, nn.Parameter], decay: float) -> None:

@@ -77,7 +77,7 @@ def methods(setup: Setup, scorer: Scorer) -> Page | None:
         Table(f"{trained_for(setup)}; {drawn}. {held_out}.", [*head, LESS, *costs_of], rows),
         Table(f"{least_of}; the last checkpoint within.", [*head, "network calls"], equal),
     ]
-    text = texts.METHODS + texts.ranges(setup.held_out, differences=True)
+    text = texts.METHODS + texts.ranges(setup.held_out, len(setup.seeds), differences=True)
     trained = [folder for by_seed in runs.values() for held in by_seed.values() for folder in held]
     return Page("1-methods", "One model from several tasks", text, tables, [], _data(rows), trained)
 
@@ -271,7 +271,10 @@ def choices(setup: Setup, scorer: Scorer) -> Page | None:
             own = _cost_cells([costs(folder)[-1] for folder in runs[name]])
             rows.append([name, *_score_cells(map(mean_of, found)), less, *own])
         tables.append(Table(f"{title}.", CHOICE_HEAD, rows))
-    text, rows = texts.CHOICES + texts.ranges(setup.held_out, differences=True), [_data(table.rows) for table in tables]
+    text, rows = (
+        texts.CHOICES + texts.ranges(setup.held_out, len(setup.seeds), differences=True),
+        [_data(table.rows) for table in tables],
+    )
     return Page("3-choices", "Noise, solvers, states and weighting", text, tables, [], rows, list(held.values()))
 
 
@@ -353,15 +356,15 @@ def _by_rewards(
         for task in TASKS
         for name, file in {"base": None, **{n: last_adapter(h[0]) for (t, n), h in runs.items() if t == task}}.items()
     }
-    what = f": reward of the sampled pictures, mean of {BLOCK} updates and of the trainings, as far as all go; "
-    what += "thin: each training."
+    what = f": reward of the sampled pictures, mean of {BLOCK} updates"
+    what += " and of the trainings, as far as all go; thin: each training." if len(setup.seeds) > 1 else "."
     plots = []
     for task, by_name in curves.items():
         drawing = lines(by_name, "images seen", f"reward, {task}", each=each[task])
         plots.append(Plot(task, task.capitalize() + what, drawing, BESIDE))
     asked = "The first held-out prompts, drawn by the base and the first training of each kind, from the same noise."
     plots.append(Plot("drawn", asked, sheet(drawn), size=(9.0, 0.72 * len(drawn))))
-    text += texts.ranges(setup.held_out, differences=False)
+    text += texts.ranges(setup.held_out, len(setup.seeds), differences=False)
     data = {"curves": curves, "each": each}
     return Page(slug, title, text, [Table(caption, head, rows)], plots, data, list(done.values()))
 
@@ -369,7 +372,9 @@ def _by_rewards(
 def _grpo(*changes: str) -> dict[str, Way]:
     """Both of GRPO's estimators under each of these changes."""
     kinds = {"GRPO": ['estimator.name="grpo"'], "GRPO-Guard": []}
-    return {f"{kind}{change}": ("grpo.toml", [*kinds[kind], *AS_NFT[change]]) for change in changes for kind in kinds}
+    return {
+        f"{kind}{change}": ("grpo.toml", [*kinds[kind], *GRPO_CHANGES[change]]) for change in changes for kind in kinds
+    }
 
 
 def _slug(name: str) -> str:
@@ -443,11 +448,11 @@ CHOICES: dict[str, dict[str, list[str]]] = {
 LESS = "average, less DiffusionOPD's"
 COST_HEAD = ["updates", "seconds", "network calls"]
 CHOICE_HEAD = ["choice", *TASKS, "average", "average, less the recipe's", *COST_HEAD]
-# What grpo.toml has otherwise than nft.toml, one optimizer step and a KL; by two steps ratio and clip act.
+# By two optimizer steps, as in nft.toml, ratio and clip act.
 TWO_STEPS, NO_KL = "sampling.optimizer_steps=2", "estimator.kl_weight=0.0"
-AS_NFT = {"": [], ", 2 steps": [TWO_STEPS], ", no KL": [NO_KL], ", 2 steps, no KL": [TWO_STEPS, NO_KL]}
+GRPO_CHANGES = {"": [], ", 2 steps": [TWO_STEPS], ", no KL": [NO_KL], ", 2 steps, no KL": [TWO_STEPS, NO_KL]}
 REWARD_WAYS: dict[str, Way] = {"NFT": ("nft.toml", []), **_grpo("", ", 2 steps, no KL")}
-STEPS_OR_KL = _grpo(*AS_NFT)
+STEPS_OR_KL = _grpo(*GRPO_CHANGES)
 CLAIMS: dict[str, Callable[[Setup, Scorer], Page | None]] = {
     "1": methods,
     "2": gradient,

@@ -21,7 +21,7 @@ from diffopd.errors import UserError
 from diffopd.run_folder import RunFolder, atomic_write
 
 PACKAGES = ("torch", "diffusers", "transformers", "peft", "numpy")
-COLORS = ("#3366cc", "#dc3912", "#ff9900", "#109618", "#990099", "#0099c6", "#dd4477", "#66aa00")
+COLORS = ("#3366cc", "#dc3912", "#ff9900", "#109618", "#990099", "#0099c6", "#dd4477", "#795548")
 BESIDE = (8.4, 4.0)  # inches of a plot with its legend beside it
 Line = Sequence[tuple[float, float]]
 

@@ -16,9 +16,10 @@ scored right or wrong, not by the share of right letters that teaches the text t
 its learning rate's five updates of warm-up again. NFT makes two optimizer steps an update, GRPO-Guard one.
 """
 RANGES = """
-In parentheses after a score: the lowest and the highest seed. Beyond that {prompts} prompts leave {half:.2f} either way
+{seeds}{prompts} prompts leave {half:.2f} either way
 at a score of .5 and {top:.2f} at .95.{apart}
 """
+SEEDS = "In parentheses after a score: the lowest and the highest seed. Beyond that "
 APART = " After a difference, paired by prompt: 95 %, over what is asked and seeds."
 GRADIENT = """\
 DiffusionOPD (arXiv:2605.15055) minimises the KL of each step in closed form. Policy gradients see the same KL through
@@ -49,10 +50,15 @@ one optimizer step, so that the ratio is 1 and neither clip nor bias correction 
 GRPO-Guard then differ in how much each step of the walk counts, and so in how much the KL weighs beside it. "2 steps,
 no KL" is as NFT has it: two optimizer steps of an update at the same rate, by which ratio and clip act, and no KL. A
 training fell where its last 10 updates' reward is clearly below that of its first 10 (`diffopd teach` warns of it). The
-columns of a first training are its scores on tasks that it was not taught, on 50 prompts each. No rate was swept.
+columns of a first training are its scores on tasks that it was not taught, on 50 prompts each. The curves are of what
+draws the pictures to learn from: GRPO's of its live weights, NFT's of its old policy, an average that is behind them.
+What is scored and drawn is the moving average in either. No rate was swept.
 """
 STEPS_OR_KL = """\
-As `5-rewards.md`, whose GRPO differs from its "2 steps, no KL" in two things: here each alone as well, and both.
+As `5-rewards.md`, and the same trainings where they have a name there: its GRPO differs from its "2 steps, no KL" in
+two things, here each is changed alone as well. Two steps of an update are of half its pictures each, at the same rate,
+so the moving average, which is what is scored, is over half as many updates. Without the KL an update is cheaper, so
+more fit into the same seconds.
 """
 TUNING = """\
 D-OPSD (arXiv:2605.05204) says that a step-distilled model learns new pictures on its own walk, taught by itself with
@@ -84,7 +90,9 @@ SETS = {
 }
 
 
-def ranges(prompts: int, *, differences: bool) -> str:
-    """What the parentheses of a page with `prompts` held-out prompts a task are."""
+def ranges(prompts: int, seeds: int, *, differences: bool) -> str:
+    """How far scores of `prompts` held-out prompts a task can be trusted, and what the parentheses after them are."""
     half, top = (1.96 * math.sqrt(score * (1 - score) / prompts) for score in (0.5, 0.95))
-    return RANGES.format(prompts=prompts, half=half, top=top, apart=APART if differences else "")
+    return RANGES.format(
+        prompts=prompts, half=half, top=top, seeds=SEEDS if seeds > 1 else "", apart=APART if differences else ""
+    )
