@@ -271,10 +271,8 @@ def choices(setup: Setup, scorer: Scorer) -> Page | None:
             own = _cost_cells([costs(folder)[-1] for folder in runs[name]])
             rows.append([name, *_score_cells(map(mean_of, found)), less, *own])
         tables.append(Table(f"{title}.", CHOICE_HEAD, rows))
-    text, rows = (
-        texts.CHOICES + texts.ranges(setup.held_out, len(setup.seeds), differences=True),
-        [_data(table.rows) for table in tables],
-    )
+    text = texts.CHOICES + texts.ranges(setup.held_out, len(setup.seeds), differences=True)
+    rows = [_data(table.rows) for table in tables]
     return Page("3-choices", "Noise, solvers, states and weighting", text, tables, [], rows, list(held.values()))
 
 
